@@ -1,0 +1,1 @@
+"""Tensors: samplers, kernels and device memory. Knows nothing of requests or of cache keys."""

@@ -1,0 +1,1 @@
+"""Keys: what may be reused for whom. Imports no torch."""

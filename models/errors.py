@@ -1,0 +1,11 @@
+"""What loading and running weights can say to a user."""
+
+from __future__ import annotations
+
+
+class ModelError(Exception):
+    """Weights are missing, damaged or of a kind that is not served. The message is one line, fit for a user."""
+
+
+class LoraError(ModelError):
+    """A LoRA file that does not fit the model it was given to."""

@@ -1,0 +1,1 @@
+"""Requests: everything that knows who asked for what."""

@@ -1,0 +1,142 @@
+"""A request, the pictures it asks for, and what the engine says about them. No torch."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+MAX_SEED = 2**32 - 1
+
+
+class State(enum.StrEnum):
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        return self in (State.COMPLETED, State.FAILED, State.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What a caller asked for, types checked, ranges not. None: the caller left it out."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    n: int | None = None
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    eta: float | None = None
+    seed: int | None = None  # None or -1: random, and told in the reply
+    class_label: int | None = None
+    loras: tuple[tuple[str, float], ...] = ()
+    priority: int | None = None
+    partial_images: int | None = None
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRequest:
+    """A checked request: every field is within the served model's limits and no field is left to default.
+
+    Made by `service.diffusion.admission.resolve` from what a caller sent; picture i uses seed + i (modulo 2**32).
+    """
+
+    id: str
+    prompt: str
+    negative_prompt: str
+    n: int
+    width: int  # pixels
+    height: int
+    steps: int
+    guidance_scale: float
+    sampler: str
+    eta: float
+    seed: int
+    class_label: int | None = None
+    loras: tuple[tuple[str, float], ...] = ()  # (name, scale), sorted by name
+    priority: int = 0  # higher runs earlier; -10 to 10
+    partial_images: int = 0  # previews per picture
+    deadline_s: float | None = None  # seconds from arrival; None: no deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds. `denoise_s` and `decode_s` are wall time in that stage, shared ticks counted whole."""
+
+    queue_s: float = 0.0
+    encode_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    total_s: float = 0.0
+
+
+# What engine.step() returns, in order. Every accepted request gets exactly one of Completed, Failed, Cancelled.
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Picture `index` has run `step` of `steps` rows."""
+
+    request_id: str
+    index: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A preview of picture `index`: [H, W, 3] uint8 as a numpy array."""
+
+    request_id: str
+    index: int
+    number: int  # 0-based
+    pixels: object = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """Picture `index` is done: [H, W, 3] uint8 as a numpy array, and what it took."""
+
+    request_id: str
+    index: int
+    seed: int
+    pixels: object = field(repr=False)
+    steps_run: int = 0
+    steps_skipped: int = 0
+    evaluations: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    request_id: str
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """`error` is a service.errors.HeadstartError."""
+
+    request_id: str
+    error: Exception
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    request_id: str
+    timings: Timings
+
+
+Event = Started | Progress | Partial | Image | Completed | Failed | Cancelled
