@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from service.errors import SetupError
+
+ENV_PREFIX = "HEADSTART_"
+CONFIG_ENV = "HEADSTART_CONFIG"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +56,232 @@ class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     log: LogSettings = field(default_factory=LogSettings)
+
+
+GROUPS: dict[str, Any] = {"server": ServerSettings, "model": ModelSettings, "engine": EngineSettings, "log": LogSettings}
+
+
+class Kind(NamedTuple):
+    """How a value is read from text (flag, environment) and from TOML. Readers raise ValueError for what is not allowed."""
+
+    allowed: str
+    from_text: Callable[[str], object]
+    from_toml: Callable[[object], object]
+
+
+class Option(NamedTuple):
+    """One setting: where it lives and how each source names it."""
+
+    group: str
+    name: str
+    flag: str
+    kind: Kind
+    help: str
+    metavar: str | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.group}.{self.name}"
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.flag.removeprefix("--").replace("-", "_").upper()
+
+
+def _refuse_unless(good: bool) -> None:
+    if not good:
+        raise ValueError
+
+
+def _integer(low: int, high: int) -> Kind:
+    def check(value: object) -> int:
+        _refuse_unless(type(value) is int and low <= value <= high)
+        return cast(int, value)
+
+    return Kind(f"an integer from {low} to {high}", lambda text: check(int(text)), check)
+
+
+def _number(low: float, high: float, unit: str) -> Kind:
+    def check(value: object) -> float:
+        _refuse_unless(type(value) in (int, float))
+        number = float(cast(float, value))
+        _refuse_unless(low <= number <= high)
+        return number
+
+    return Kind(f"{unit} from {low:g} to {high:g}", lambda text: check(float(text)), check)
+
+
+def _text(allowed: str, pattern: str = r".+") -> Kind:
+    def check(value: object) -> str:
+        _refuse_unless(isinstance(value, str) and re.fullmatch(pattern, value) is not None)
+        return cast(str, value)
+
+    return Kind(allowed, check, check)
+
+
+def _choice(*names: str) -> Kind:
+    return _text("one of " + ", ".join(names), "|".join(names))
+
+
+def _switch() -> Kind:
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+    def from_text(text: str) -> bool:
+        _refuse_unless(text.lower() in words)
+        return words[text.lower()]
+
+    def from_toml(value: object) -> bool:
+        _refuse_unless(isinstance(value, bool))
+        return cast(bool, value)
+
+    return Kind("true or false", from_text, from_toml)
+
+
+def _folder() -> Kind:
+    def check(value: object) -> Path:
+        _refuse_unless(isinstance(value, str) and value != "" and "\0" not in value)
+        return Path(cast(str, value)).expanduser()
+
+    return Kind("a folder", check, check)
+
+
+def _loras() -> Kind:
+    def from_toml(value: object) -> tuple[tuple[str, str], ...]:
+        _refuse_unless(isinstance(value, dict))
+        pairs = tuple(cast(dict[str, str], value).items())
+        _refuse_unless(all(re.fullmatch(r"[\w.-]+", name) and isinstance(at, str) and at for name, at in pairs))
+        return pairs
+
+    def from_text(text: str) -> tuple[tuple[str, str], ...]:
+        pairs = [part.partition("=")[::2] for part in text.split(",")]
+        _refuse_unless(len({name for name, _ in pairs}) == len(pairs))
+        return from_toml(dict(pairs))
+
+    return Kind("NAME=FILE, several with commas between them (in TOML a table of NAME = FILE)", from_text, from_toml)
+
+
+OPTIONS = (
+    Option("server", "host", "--host", _text("a host name or address", r"\S+"), "address to listen on", "HOST"),
+    Option("server", "port", "--port", _integer(0, 65535), "port to listen on; 0 picks a free one", "PORT"),
+    Option(
+        "server",
+        "api_key",
+        "--api-key",
+        _text("printable ASCII without spaces", r"[!-~]+"),
+        "ask clients for this key (the environment keeps it out of the process list)",
+        "KEY",
+    ),
+    Option("server", "max_body_bytes", "--max-body-bytes", _integer(1024, 1 << 30), "largest request body", "BYTES"),
+    Option(
+        "server",
+        "shutdown_grace_s",
+        "--shutdown-grace-s",
+        _number(0, 3600, "seconds"),
+        "how long accepted requests may finish after SIGTERM",
+        "SECONDS",
+    ),
+    Option("model", "model", "--model", _text("a bundle, a diffusers folder or a hub id"), "what to serve", "MODEL"),
+    Option("model", "revision", "--revision", _text("a branch, tag or commit", r"\S+"), "of a hub id", "REVISION"),
+    Option("model", "dtype", "--dtype", _choice("auto", "float32", "bfloat16", "float16"), "of the networks"),
+    Option(
+        "model",
+        "device",
+        "--device",
+        _text("auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:\d{1,3})?"),
+        "where the networks run",
+    ),
+    Option("model", "loras", "--lora", _loras(), "a LoRA file to load under a name; may be repeated", "NAME=FILE"),
+    Option("model", "cache_dir", "--cache-dir", _folder(), "where downloaded weights are kept", "FOLDER"),
+    Option("engine", "max_batch", "--max-batch", _integer(1, 256), "pictures advanced by one network call", "N"),
+    Option("engine", "max_running", "--max-running", _integer(1, 4096), "pictures being drawn at once", "N"),
+    Option("engine", "max_waiting", "--max-waiting", _integer(0, 1_000_000), "pictures that may wait; then 429", "N"),
+    Option(
+        "engine",
+        "ageing_s",
+        "--ageing-s",
+        _number(0.001, 1e6, "seconds"),
+        "waiting this long is worth one point of priority",
+        "SECONDS",
+    ),
+    Option("engine", "max_pixels", "--max-pixels", _integer(64, 1 << 26), "largest picture, width times height", "N"),
+    Option("log", "level", "--log-level", _choice("debug", "info", "warning", "error"), "least severe line logged"),
+    Option("log", "json", "--log-json", _switch(), "log one JSON object a line"),
+)
+
+
+def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Path | None = None) -> Settings:
+    """Settings from flags, then the environment, then a TOML file; the first source that names a setting wins.
+
+    Args:
+        flags: raw values by flag, such as {"--port": "8001"}; only those that were given.
+        environ: the environment. Unknown HEADSTART_* variables are errors.
+        file: a TOML file with tables server, model, engine and log; HEADSTART_CONFIG names one too.
+
+    Raises:
+        SetupError: naming the source, the value and what is allowed.
+    """
+    path = file or (Path(environ[CONFIG_ENV]) if environ.get(CONFIG_ENV) else None)
+    values = _from_file(path) if path is not None else {}
+    values |= _from_environment(environ)
+    for option in OPTIONS:
+        if option.flag in flags:
+            values[option.key] = _read(option, option.flag, flags[option.flag], option.kind.from_text)
+    named: dict[str, dict[str, object]] = {group: {} for group in GROUPS}
+    for key, value in values.items():
+        group, name = key.split(".")
+        named[group][name] = value
+    return Settings(**{group: make(**named[group]) for group, make in GROUPS.items()})
+
+
+def _read(option: Option, source: str, value: Any, reader: Callable[[Any], object]) -> object:
+    try:
+        return reader(value)
+    except (ValueError, OverflowError):
+        shown = "the value" if option.name == "api_key" else repr(value)
+        raise SetupError(f"{source}: {shown} is not allowed; {option.kind.allowed}", param=option.key) from None
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
+    options = {option.env: option for option in OPTIONS}
+    values = {}
+    for variable in sorted(environ):
+        if variable in options:
+            option = options[variable]
+            values[option.key] = _read(option, variable, environ[variable], option.kind.from_text)
+        elif variable.startswith(ENV_PREFIX) and variable != CONFIG_ENV:
+            raise _unknown(f"environment variable {variable}", variable, [*options, CONFIG_ENV])
+    return values
+
+
+def _from_file(path: Path) -> dict[str, object]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SetupError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # TOMLDecodeError gives the line; UnicodeDecodeError the byte
+        raise SetupError(f"{path}: not a TOML file: {error}") from None
+    options = {option.key: option for option in OPTIONS}
+    values = {}
+    for group, table in tables.items():
+        if group not in GROUPS:
+            raise _unknown(f"{path}: {group}", group, list(GROUPS))
+        if not isinstance(table, dict):
+            raise SetupError(f"{path}: {group}: {table!r} is not allowed; a table, [{group}]", param=group)
+        for name, value in table.items():
+            key = f"{group}.{name}"
+            if key not in options:
+                raise _unknown(f"{path}: {key}", key, list(options))
+            values[key] = _read(options[key], f"{path}: {key}", value, options[key].kind.from_toml)
+    return values
+
+
+def _unknown(source: str, word: str, known: list[str]) -> SetupError:
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6) or known
+    return SetupError(f"{source}: unknown setting; did you mean {', '.join(near)}?")
+
+
+def version() -> str:
+    """The installed distribution's version."""
+    from importlib import metadata  # 30 ms that most commands can do without
+
+    return metadata.version("headstart")
