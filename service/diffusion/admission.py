@@ -1,0 +1,139 @@
+"""From what a caller sent to a request the engine can run: defaults filled in, every range checked."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+
+from models.diffusion.model import ModelCard
+from service.config import EngineSettings
+from service.diffusion.request import MAX_SEED, Draft, ImageRequest
+from service.errors import invalid
+
+MAX_PROMPT = 2000  # characters
+MAX_PICTURES = 8
+MIN_SIDE = 64  # pixels
+MAX_STEPS = 200
+MAX_GUIDANCE = 30.0
+MAX_LORA_SCALE = 4.0
+MAX_PRIORITY = 10
+MAX_PARTIAL_IMAGES = 3
+SAMPLER_STEPS = {"lcm": 50}  # the student was distilled on 50 timesteps (Luo et al. 2023, section 4.3)
+
+
+def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, random_seed: int) -> ImageRequest:
+    """Check a draft against the served model and fill in what the caller left out.
+
+    Args:
+        id: the request's id.
+        random_seed: the seed of a draft that names none (None or -1), 0 to 2**32 - 1.
+
+    Raises:
+        InputError: a value out of range; names the HTTP field, the value and what is allowed.
+    """
+    sampler = card.default_sampler if draft.sampler is None else draft.sampler
+    if sampler not in card.samplers:
+        raise invalid("sampler", sampler, f"this model has {', '.join(sorted(card.samplers))}")
+    defaults = card.samplers[sampler]
+    width, height = _size(draft, card, limits)
+    max_steps = SAMPLER_STEPS.get(sampler, MAX_STEPS)
+    return ImageRequest(
+        id=id,
+        prompt=_text("prompt", draft.prompt, 0 if card.max_prompt_tokens is None else 1),
+        negative_prompt=_text("negative_prompt", draft.negative_prompt or "", 0),
+        n=_integer("n", draft.n, 1, 1, MAX_PICTURES),
+        width=width,
+        height=height,
+        steps=_integer("num_inference_steps", draft.num_inference_steps, defaults.steps, 1, max_steps),
+        guidance_scale=_real("guidance_scale", draft.guidance_scale, defaults.guidance_scale, 0.0, MAX_GUIDANCE),
+        sampler=sampler,
+        eta=_eta(draft.eta, sampler),
+        seed=_seed(draft.seed, random_seed),
+        class_label=_class_label(draft.class_label, card),
+        loras=_loras(draft.loras, card),
+        priority=_integer("priority", draft.priority, 0, -MAX_PRIORITY, MAX_PRIORITY),
+        partial_images=_integer("partial_images", draft.partial_images, 0, 0, MAX_PARTIAL_IMAGES),
+        deadline_s=_deadline(draft.deadline_s),
+    )
+
+
+def _text(field: str, value: str, least: int) -> str:
+    text = value.strip()
+    if not least <= len(text) <= MAX_PROMPT:
+        raise invalid(field, value, f"{least} to {MAX_PROMPT} characters, blanks at the ends not counted")
+    for character in text:
+        # Cc: control characters; Cs: lone surrogates, which no tokenizer can encode.
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t":
+            raise invalid(field, value, "no control characters other than newline and tab")
+    return text
+
+
+def _integer(field: str, value: int | None, default: int, low: int, high: int) -> int:
+    if value is None:
+        return default
+    if not low <= value <= high:
+        raise invalid(field, value, f"{low} to {high}")
+    return value
+
+
+def _real(field: str, value: float | None, default: float, low: float, high: float) -> float:
+    if value is None:
+        return default
+    if not low <= value <= high:  # also refuses NaN
+        raise invalid(field, value, f"{low:g} to {high:g}")
+    return value
+
+
+def _size(draft: Draft, card: ModelCard, limits: EngineSettings) -> tuple[int, int]:
+    width = card.default_size[0] if draft.width is None else draft.width
+    height = card.default_size[1] if draft.height is None else draft.height
+    for field, side in (("width", width), ("height", height)):
+        if side < MIN_SIDE or side % card.size_multiple:
+            raise invalid(field, side, f"multiples of {card.size_multiple}, from {MIN_SIDE} pixels")
+    if width * height > limits.max_pixels:
+        raise invalid("size", f"{width}x{height}", f"at most {limits.max_pixels} pixels in all")
+    return width, height
+
+
+def _eta(value: float | None, sampler: str) -> float:
+    eta = _real("eta", value, 0.0, 0.0, 1.0)
+    if eta > 0 and sampler != "ddim":
+        raise invalid("eta", eta, f"only the sampler ddim takes it, not {sampler}")
+    return eta
+
+
+def _seed(value: int | None, random_seed: int) -> int:
+    if value is None or value == -1:
+        return random_seed
+    if not 0 <= value <= MAX_SEED:
+        raise invalid("seed", value, f"0 to {MAX_SEED}, or -1 for a random one")
+    return value
+
+
+def _class_label(value: int | None, card: ModelCard) -> int | None:
+    if card.num_classes is None:
+        if value is not None:
+            raise invalid("class_label", value, "this model has no classes")
+        return None
+    if value is None or not 0 <= value < card.num_classes:
+        raise invalid("class_label", value, f"this model needs one of 0 to {card.num_classes - 1}")
+    return value
+
+
+def _loras(loras: tuple[tuple[str, float], ...], card: ModelCard) -> tuple[tuple[str, float], ...]:
+    for name, scale in loras:
+        if name not in card.loras:
+            loaded = f"one of {', '.join(card.loras)}" if card.loras else "this server has loaded none"
+            raise invalid("loras", name, loaded)
+        if not -MAX_LORA_SCALE <= scale <= MAX_LORA_SCALE:
+            raise invalid("loras", scale, f"scales from {-MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g}")
+    names = [name for name, _ in loras]
+    if len(set(names)) < len(names):
+        raise invalid("loras", names, "each name once")
+    return tuple(sorted(loras))
+
+
+def _deadline(value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise invalid("deadline_s", value, "a number of seconds above 0")
+    return value
