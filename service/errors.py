@@ -8,6 +8,7 @@
     ├── AuthenticationError        401  authentication_error
     ├── NotFoundError              404  not_found_error
     ├── MethodError                405  invalid_request_error
+    ├── NotAcceptableError         406  invalid_request_error   (the Accept header allows no reply)
     ├── ConflictError              409  conflict_error
     ├── GoneError                  410  gone_error
     ├── CancelledError             499  cancelled_error         (the client left or asked to stop)
@@ -80,6 +81,12 @@ class MethodError(HeadstartError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class NotAcceptableError(HeadstartError):
+    status = 406
+    type = "invalid_request_error"
+    code = "not_acceptable"
 
 
 class ConflictError(HeadstartError):
