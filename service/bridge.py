@@ -1,0 +1,300 @@
+"""Runs an engine in its own thread; what it says becomes asynchronous streams of events.
+
+The engine needs `add`, `abort`, `step`, `has_work` and `fail_all`, which are called from the engine's thread only.
+Commands travel to the thread in a list under a condition variable, on which an idle thread sleeps. Events travel back
+through one mailbox a request; a mailbox holds at most one `Progress` a picture, the latest, so that a slow reader costs
+bounded memory and still gets every image.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from service.config import EngineSettings
+from service.diffusion.request import Cancelled, Completed, Event, Failed, Progress, Started, Timings
+from service.errors import BusyError, ConflictError, HeadstartError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+ABORT_S = 10.0  # after the grace: how long the engine may take to end its current tick
+MAX_RETRY_AFTER_S = 300
+
+
+class Request(Protocol):
+    @property
+    def id(self) -> str: ...
+    @property
+    def n(self) -> int: ...
+
+
+R_contra = TypeVar("R_contra", bound=Request, contravariant=True)
+
+
+class Engine(Protocol[R_contra]):
+    def add(self, request: R_contra) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> list[Event]: ...
+    def has_work(self) -> bool: ...
+    def fail_all(self, error: HeadstartError) -> list[Event]: ...
+
+
+class Stats(NamedTuple):
+    """running: pictures of requests that have started; waiting: of those that have not. started_at: Unix seconds."""
+
+    running: int
+    waiting: int
+    started_at: float | None
+
+
+class _Mailbox:
+    """Events of one request on their way from the engine's thread to the reader's loop."""
+
+    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
+        self.request = request
+        self.started = False
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._events: list[Event] = []
+        self._filled = asyncio.Event()
+
+    def put(self, event: Event) -> bool:
+        """From any thread. False when the reader's loop is gone."""
+        with self._lock:
+            wake = not self._events
+            if isinstance(event, Progress):
+                self._events = [other for other in self._events if not _same_picture(other, event)]
+            self._events.append(event)
+        if wake:
+            try:
+                self._loop.call_soon_threadsafe(self._filled.set)
+            except RuntimeError:  # the loop is closed
+                return False
+        return True
+
+    async def get(self) -> Event:
+        while True:
+            with self._lock:
+                if self._events:
+                    return self._events.pop(0)
+                self._filled.clear()
+            await self._filled.wait()
+
+
+def _same_picture(event: Event, progress: Progress) -> bool:
+    return isinstance(event, Progress) and event.index == progress.index
+
+
+def _terminal(event: Event) -> bool:
+    return isinstance(event, Completed | Failed | Cancelled)
+
+
+class RequestStream:
+    """The events of one request, ending after Completed, Failed or Cancelled. One reader, on one loop.
+
+    A reader that goes away, by `aclose`, by leaving `async with`, or by dropping the stream, aborts the request.
+    """
+
+    def __init__(self, mailbox: _Mailbox, abort: Callable[[_Mailbox], None]) -> None:
+        self.request_id = mailbox.request.id
+        self._mailbox = mailbox
+        self._ended = False
+        # The mailbox, not its request's id, says whose abort it is: an id may be used again once its request has ended.
+        self._abort = weakref.finalize(self, abort, mailbox)
+        self._abort.atexit = False
+
+    def cancel(self) -> None:
+        """Ask for the request's end; the stream goes on to its terminal event, which may still be Completed."""
+        self._abort()
+
+    async def aclose(self) -> None:
+        """Abort the request unless it is terminal, and end the stream now."""
+        self._ended = True
+        self._abort()
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._mailbox.get()
+        if _terminal(event):
+            self._ended = True
+            self._abort.detach()
+        return event
+
+    async def __aenter__(self) -> RequestStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class Bridge(Generic[R_contra]):
+    """An engine, its thread, and the requests that are live in it."""
+
+    def __init__(self, engine: Engine[R_contra], settings: EngineSettings) -> None:
+        self._engine = engine
+        self._max_waiting = settings.max_waiting
+        self._condition = threading.Condition()  # guards everything below
+        self._live: dict[str, _Mailbox] = {}
+        self._commands: list[Callable[[], None]] = []
+        self._accepting = False
+        self._stopping = False
+        self._error: HeadstartError | None = None
+        self._started_at: float | None = None
+        self._busy_s = 0.0  # engine time since the last request completed
+        self._picture_s = 0.0  # engine time that one picture takes, a running mean
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._accepting = True
+        self._started_at = time.time()
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Accepting requests: started, not closed, and the thread lives."""
+        return self._accepting
+
+    @property
+    def stats(self) -> Stats:
+        with self._condition:
+            waiting = self._waiting()
+            return Stats(sum(box.request.n for box in self._live.values()) - waiting, waiting, self._started_at)
+
+    def _waiting(self) -> int:
+        return sum(box.request.n for box in self._live.values() if not box.started)
+
+    def submit(self, request: R_contra) -> RequestStream:
+        """Accept a request. Called from a running event loop, the one that reads the stream.
+
+        Raises:
+            BusyError: more than `max_waiting` pictures would wait.
+            ConflictError: a request with this id is live.
+            UnavailableError: not started, closing, or the engine's thread has died.
+        """
+        mailbox = _Mailbox(request, asyncio.get_running_loop())
+        with self._condition:
+            if not self._accepting:
+                raise self._error or UnavailableError("the engine is not running")
+            if request.id in self._live:
+                raise ConflictError(f"request_id: {request.id!r} is in progress already", param="request_id")
+            excess = self._waiting() + request.n - self._max_waiting
+            if excess > 0:
+                raise BusyError(
+                    f"the queue is full: at most {self._max_waiting} pictures wait", retry_after=self._pause(excess)
+                )
+            self._live[request.id] = mailbox
+            self._commands.append(lambda: self._add(request))
+            self._condition.notify()
+        return RequestStream(mailbox, self._abort)
+
+    def _pause(self, pictures: int) -> int:
+        """Whole seconds in which so many pictures should leave the queue."""
+        return min(MAX_RETRY_AFTER_S, math.ceil(pictures * self._picture_s))
+
+    def _abort(self, mailbox: _Mailbox) -> None:
+        """From any thread; nothing happens when the mailbox's request has ended."""
+        request_id = mailbox.request.id
+        with self._condition:
+            if self._live.get(request_id) is mailbox:
+                self._commands.append(lambda: self._engine.abort(request_id))
+                self._condition.notify()
+
+    async def close(self, grace_s: float) -> None:
+        """Accept nothing more, let live requests finish for `grace_s` seconds, cancel the rest, end the thread."""
+        with self._condition:
+            self._accepting = False
+        await self._drained(grace_s)
+        with self._condition:
+            mailboxes = list(self._live.values())
+        for mailbox in mailboxes:
+            self._abort(mailbox)
+        await self._drained(ABORT_S)
+        with self._condition:
+            self._stopping = True
+            stuck = list(self._live)
+            self._condition.notify()
+        if stuck:  # the thread is in a tick that does not end; it dies with the process
+            log.error("the engine did not stop; %d requests are cancelled without it", len(stuck))
+            self._deliver([Cancelled(request_id, Timings()) for request_id in stuck])
+        elif self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    async def _drained(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while self._live and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+
+    # The engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._condition:
+                    self._condition.wait_for(lambda: self._commands or self._stopping or self._engine.has_work())
+                    commands, self._commands = self._commands, []
+                    if self._stopping:
+                        return
+                for command in commands:
+                    command()
+                begun = time.monotonic()
+                events = self._engine.step() if self._engine.has_work() else []
+                self._busy_s += time.monotonic() - begun
+                self._deliver(events)
+        except BaseException as error:
+            log.exception("the engine's thread died")
+            self._die(error)
+
+    def _add(self, request: R_contra) -> None:
+        try:
+            self._engine.add(request)
+        except Exception as error:
+            if not isinstance(error, HeadstartError):
+                log.exception("request %s could not be added", request.id)
+                error = HeadstartError("the request could not be started")
+            self._deliver([Failed(request.id, error, Timings())])
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            with self._condition:
+                mailbox = self._live.get(event.request_id)
+                if mailbox is None:
+                    continue
+                if isinstance(event, Started):
+                    mailbox.started = True
+                if _terminal(event):
+                    del self._live[event.request_id]
+                if isinstance(event, Completed):
+                    self._pace(mailbox.request.n)
+            if not mailbox.put(event):
+                self._abort(mailbox)
+
+    def _pace(self, pictures: int) -> None:
+        sample = self._busy_s / pictures
+        self._picture_s = sample if self._picture_s == 0.0 else 0.8 * self._picture_s + 0.2 * sample
+        self._busy_s = 0.0
+
+    def _die(self, error: BaseException) -> None:
+        cause = UnavailableError(f"the engine has stopped: {type(error).__name__}", code="engine_dead")
+        with self._condition:
+            self._accepting = False
+            self._error = cause
+        try:
+            self._deliver(self._engine.fail_all(cause))
+        except Exception:
+            log.exception("the engine could not end its requests")
+        with self._condition:
+            left = list(self._live)
+        self._deliver([Failed(request_id, cause, Timings()) for request_id in left])

@@ -1,0 +1,80 @@
+"""The records that the scheduler keeps and the runner reads: a picture on its way, its request, the rows of a tick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from accel.samplers.plans import Plan, Row
+from service.diffusion.request import ImageRequest, State, Timings
+
+if TYPE_CHECKING:
+    from models.diffusion.model import Condition
+
+Key = tuple[float, ...]
+
+
+class Bucket(NamedTuple):
+    """What the rows of one tick have in common."""
+
+    network: str
+    shape: tuple[int, int, int]  # latent channels, height, width
+    loras: tuple[tuple[str, float], ...]
+
+
+@dataclass(slots=True, eq=False)
+class Picture:
+    """One picture of a request, somewhere between its plan's first row and its last."""
+
+    request: ImageRequest
+    index: int
+    seed: int
+    plan: Plan
+    bucket: Bucket
+    turn: Key  # earlier is more urgent
+    condition: Condition | None = None  # set before its first tick
+    cursor: int = 0  # rows run
+    slot: int = -1  # -1: holds none
+    state: State = State.QUEUED
+
+    @property
+    def row(self) -> Row:
+        return self.plan.rows[self.cursor]
+
+    @property
+    def denoised(self) -> bool:
+        return self.cursor == len(self.plan)
+
+    @property
+    def evaluations(self) -> int:
+        """Network rows that one step of this picture takes."""
+        assert self.condition is not None
+        return self.condition.evaluations
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request that is not terminal yet, and its times in seconds."""
+
+    request: ImageRequest
+    pictures: list[Picture]
+    arrived: float
+    turn: Key
+    started: float | None = None
+    condition: Condition | None = None
+    encode_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+
+    def timings(self, now: float) -> Timings:
+        queued = (now if self.started is None else self.started) - self.arrived
+        return Timings(queued, self.encode_s, self.denoise_s, self.decode_s, now - self.arrived)
+
+
+class Tick(NamedTuple):
+    bucket: Bucket
+    pictures: list[Picture]
+
+    @property
+    def evaluations(self) -> int:
+        return sum(picture.evaluations for picture in self.pictures)
