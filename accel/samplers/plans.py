@@ -1,8 +1,9 @@
 """A sampler is a plan: a table with one row per step, computed on the host in float64.
 
-All plans live in one space, the variance-preserving one: x = alpha * x0 + sqrt(1 - alpha^2) * noise. Samplers that their
-papers write in the variance-exploding space (Euler, DPM++, consistency models) are rescaled into it row by row, so that a
-row's `alpha` is the noise level of its input whichever sampler wrote it, and a latent can move from one plan to another.
+All plans live in one space, the variance-preserving one: x = alpha * x0 + sqrt(1 - alpha^2) * noise. Samplers that
+their papers write in the variance-exploding space (Euler, DPM++, consistency models) are rescaled into it row by row, so
+that a row's `alpha` is the noise level of its input whichever sampler wrote it, and a latent can move from one plan to
+another.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """One step: evaluate the network at (x, t), then x <- a*x + b*denoised + c*previous_denoised + s*noise(seed, row)."""
+    """One step: evaluate the network at (x, t), then x <- a*x + b*denoised + c*previous + s*noise(seed, row)."""
 
     t: float  # timestep handed to the network; fractional for Karras spacing
     alpha: float  # signal scale of the input x, in [0, 1]
     a: float
     b: float
-    c: float  # 0 for the first row that is run: there is no previous denoised yet
+    c: float  # on the previous row's denoised; 0 for the first row that is run, which has none
     s: float
 
 
