@@ -3,7 +3,7 @@
 Symbols: alpha is the signal scale of the variance-preserving space, sigma the noise-to-signal ratio of the
 variance-exploding space that Euler, DPM++ and consistency models are written in: alpha = 1 / sqrt(1 + sigma^2). A
 latent y there is x = alpha y here, and noise = alpha sigma = sqrt(1 - alpha^2) is the scale of the noise in x. An
-update y <- A y + B denoised + S z from sigma to sigma' becomes x <- (alpha'/alpha) A x + alpha' B denoised + alpha' S z.
+update y <- A y + B denoised + S z from sigma to sigma' becomes x <- (alpha'/alpha) A x + alpha' (B denoised + S z).
 
 To add a sampler: write one function (schedule, steps, spacing, its options) -> (rows, init_scale), and enter it in
 SAMPLERS.

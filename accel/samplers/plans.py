@@ -1,9 +1,9 @@
 """A sampler is a plan: a table with one row per step, computed on the host in float64.
 
 All plans live in one space, the variance-preserving one: x = alpha * x0 + sqrt(1 - alpha^2) * noise. Samplers that
-their papers write in the variance-exploding space (Euler, DPM++, consistency models) are rescaled into it row by row, so
-that a row's `alpha` is the noise level of its input whichever sampler wrote it, and a latent can move from one plan to
-another.
+their papers write in the variance-exploding space (Euler, DPM++, consistency models) are rescaled into it row by row,
+so that a row's `alpha` is the noise level of its input whichever sampler wrote it, and a latent can move from one plan
+to another.
 """
 
 from __future__ import annotations
