@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -58,7 +59,12 @@ class Settings:
     log: LogSettings = field(default_factory=LogSettings)
 
 
-GROUPS: dict[str, Any] = {"server": ServerSettings, "model": ModelSettings, "engine": EngineSettings, "log": LogSettings}
+GROUPS: dict[str, Any] = {
+    "server": ServerSettings,
+    "model": ModelSettings,
+    "engine": EngineSettings,
+    "log": LogSettings,
+}
 
 
 class Kind(NamedTuple):
@@ -280,6 +286,7 @@ def _unknown(source: str, word: str, known: list[str]) -> SetupError:
     return SetupError(f"{source}: unknown setting; did you mean {', '.join(near)}?")
 
 
+@functools.cache
 def version() -> str:
     """The installed distribution's version."""
     from importlib import metadata  # 30 ms that most commands can do without

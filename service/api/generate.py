@@ -1,0 +1,108 @@
+"""POST /generate: JSON in; JSON, the picture itself, or server-sent events out."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service.api.accept import negotiate
+from service.api.bodies import read_body
+from service.api.drawing import Job, Picture, draw, events_of
+from service.api.events import EventStream, Messages
+from service.api.messages import base64_text, image_message, partial_message
+from service.api.openapi import json_body
+from service.api.schemas import GenerateBody
+from service.api.state import Service, service_of
+from service.bridge import RequestStream
+from service.diffusion.request import Completed, Image, Partial, Progress, Started
+from service.errors import invalid
+
+router = APIRouter()
+PICTURES = ("png", "jpeg", "webp")
+
+
+@router.post("/generate", openapi_extra=json_body(GenerateBody), summary="Draw pictures")
+async def generate(client: Request) -> Response:
+    service = service_of(client)
+    body = await read_body(client, GenerateBody)
+    media_type = _media_type(client, body)
+    runtime = service.runtime
+    request = runtime.resolve(body.draft())
+    format = media_type.partition("/")[2] if media_type.startswith("image/") else body.output_format or "png"
+    job = Job(request, runtime.card.name, format, body.quality)
+    if body.stream:
+        return EventStream(_messages(service, client, job, runtime.bridge.submit(request)))
+    if media_type.startswith("image/") and request.n > 1:
+        raise invalid("n", request.n, f"1 for Accept: {media_type}; ask for application/json to get several pictures")
+    pictures, timings = await draw(service, client, job)
+    if media_type.startswith("image/"):
+        return Response(pictures[0].data, media_type=media_type, headers=_headers(job, pictures[0], timings.total_s))
+    return JSONResponse(
+        {
+            "id": request.id,
+            "created": int(time.time()),
+            "model": job.model,
+            "data": [{"b64_json": base64_text(picture.data)} | _facts(job, picture.image) for picture in pictures],
+            "timings": dataclasses.asdict(timings),
+        }
+    )
+
+
+def _media_type(client: Request, body: GenerateBody) -> str:
+    accept = ",".join(client.headers.getlist("accept"))
+    if body.stream:  # JSON is what clients that do not set Accept by hand send for every request
+        return negotiate(accept, ["text/event-stream", "application/json"])
+    formats = PICTURES if body.output_format is None else (body.output_format,)
+    return negotiate(accept, ["application/json", *(f"image/{format}" for format in formats)])
+
+
+def _facts(job: Job, image: Image) -> dict[str, Any]:
+    return {
+        "seed": image.seed,
+        "prompt": job.request.prompt,
+        "steps_run": image.steps_run,
+        "steps_skipped": image.steps_skipped,
+        "evaluations": image.evaluations,
+    }
+
+
+def _headers(job: Job, picture: Picture, total_s: float) -> dict[str, str]:
+    facts = {
+        "Id": job.request.id,
+        "Model": quote(job.model),
+        "Seed": picture.image.seed,
+        "Steps-Run": picture.image.steps_run,
+        "Steps-Skipped": picture.image.steps_skipped,
+        "Evaluations": picture.image.evaluations,
+        "Total-Seconds": f"{total_s:.3f}",
+    }
+    return {f"X-Headstart-{name}": str(value) for name, value in facts.items()}
+
+
+async def _messages(service: Service, client: Request, job: Job, stream: RequestStream) -> Messages:
+    yield "headstart.accepted", {"type": "headstart.accepted", "id": job.request.id, "model": job.model}
+    async with events_of(service, client, stream) as events:
+        async for event in events:
+            match event:
+                case Started():
+                    yield "headstart.started", {"type": "headstart.started"}
+                case Progress(_, index, step, steps):
+                    name = "headstart.progress"
+                    yield name, {"type": name, "index": index, "step": step, "steps": steps}
+                case Partial():
+                    data = await job.preview(service, event)
+                    yield "image_generation.partial_image", partial_message(job, event, data) | {"index": event.index}
+                case Image():
+                    picture = await job.picture(service, event)
+                    message = image_message(job, picture.data) | {"index": event.index} | _facts(job, event)
+                    yield "image_generation.completed", message
+                case Completed(_, timings):
+                    name = "headstart.completed"
+                    yield name, {"type": name, "id": job.request.id, "timings": dataclasses.asdict(timings)}

@@ -1,0 +1,156 @@
+"""The bodies that clients send. Types are checked here, ranges by `service.diffusion.admission`.
+
+Each field's description is what an error message gives as allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import ErrorDetails
+
+from service.diffusion.request import Draft
+from service.errors import InputError, invalid
+
+SIZE_TEXT = 'text "WIDTHxHEIGHT", such as "256x256"'
+DEFAULT_QUALITY = 90  # of JPEG and WebP
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class LoraBody(Body):
+    name: Annotated[str, Field(description="text, the name that the server loaded it under")]
+    scale: Annotated[float, Field(description="a number, -4 to 4")] = 1.0
+
+
+class DrawBody(Body):
+    """What both drawing endpoints take."""
+
+    prompt: Annotated[str, Field(description="text of 1 to 2000 characters")]
+    negative_prompt: Annotated[str | None, Field(description="text of 0 to 2000 characters")] = None
+    n: Annotated[int | None, Field(description="an integer, 1 to 8")] = None
+    size: Annotated[str | None, Field(description=SIZE_TEXT)] = None
+    num_inference_steps: Annotated[int | None, Field(description="an integer, 1 to 200")] = None
+    guidance_scale: Annotated[float | None, Field(description="a number, 0 to 30")] = None
+    sampler: Annotated[str | None, Field(description="text, a sampler that GET /v1/models lists")] = None
+    seed: Annotated[int | None, Field(description="an integer, 0 to 4294967295, or -1 for a random one")] = None
+    partial_images: Annotated[int | None, Field(description="an integer, 0 to 3, of a streamed reply")] = None
+    stream: Annotated[bool | None, Field(description="true or false")] = None
+    output_format: Annotated[Literal["png", "jpeg", "webp"] | None, Field(description="png, jpeg or webp")] = None
+    output_compression: Annotated[
+        int | None, Field(ge=0, le=100, description="an integer, 0 to 100, the quality of JPEG and WebP")
+    ] = None
+    response_format: Annotated[Literal["b64_json"] | None, Field(description="b64_json")] = None
+    user: Annotated[str | None, Field(description="text that names the end user; taken and not kept")] = None
+
+    @property
+    def quality(self) -> int:
+        return DEFAULT_QUALITY if self.output_compression is None else self.output_compression
+
+
+class GenerateBody(DrawBody):
+    """POST /generate."""
+
+    width: Annotated[int | None, Field(description="an integer, pixels")] = None
+    height: Annotated[int | None, Field(description="an integer, pixels")] = None
+    eta: Annotated[float | None, Field(description="a number, 0 to 1, of the sampler ddim")] = None
+    class_label: Annotated[int | None, Field(description="an integer, of a class-conditional model")] = None
+    lora: Annotated[list[LoraBody] | None, Field(description='a list of {"name": text, "scale": number}')] = None
+    priority: Annotated[int | None, Field(description="an integer, -10 to 10; higher runs earlier")] = None
+    deadline_s: Annotated[float | None, Field(description="a number of seconds above 0")] = None
+
+    def draft(self) -> Draft:
+        width, height = self._sides()
+        return Draft(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            n=self.n,
+            width=width,
+            height=height,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            sampler=self.sampler,
+            eta=self.eta,
+            seed=self.seed,
+            class_label=self.class_label,
+            loras=tuple((lora.name, lora.scale) for lora in self.lora or ()),
+            priority=self.priority,
+            partial_images=self.partial_images,
+            deadline_s=self.deadline_s,
+        )
+
+    def _sides(self) -> tuple[int | None, int | None]:
+        if self.size is None:
+            return self.width, self.height
+        width, height = parse_size(self.size)
+        if self.width not in (None, width) or self.height not in (None, height):
+            given = f"width {self.width} and height {self.height}"
+            raise invalid("size", self.size, f"it must agree with {given}, or be left out")
+        return width, height
+
+
+class ImagesBody(DrawBody):
+    """POST /v1/images/generations: OpenAI's fields, and Headstart's own that its clients can send along."""
+
+    model: Annotated[str | None, Field(description="the model that GET /v1/models lists")] = None
+    background: Annotated[Literal["auto", "opaque"] | None, Field(description="auto or opaque")] = None
+    quality_level: Annotated[
+        Literal["auto", "standard"] | None, Field(alias="quality", description="auto or standard")
+    ] = None
+    style: Annotated[Literal["vivid"] | None, Field(description="vivid, which changes nothing")] = None
+    moderation: Annotated[Literal["auto"] | None, Field(description="auto")] = None
+
+    def draft(self) -> Draft:
+        width, height = (None, None) if self.size in (None, "auto") else parse_size(self.size)
+        return Draft(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            n=self.n,
+            width=width,
+            height=height,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            sampler=self.sampler,
+            seed=self.seed,
+            partial_images=self.partial_images,
+        )
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """(width, height) of "256x256", pixels. Raises InputError."""
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", size)
+    if match is None:
+        raise invalid("size", size, SIZE_TEXT)
+    return int(match[1]), int(match[2])
+
+
+def input_error(errors: list[ErrorDetails], body: type[Body]) -> InputError:
+    """The first of pydantic's errors in Headstart's words, and the names of the other fields at fault."""
+    error = _in_words(errors[0], body)
+    others = sorted({_path(other) for other in errors[1:]} - {_path(errors[0])})
+    if others:
+        error = InputError(f"{error.message} (also wrong: {', '.join(others)})", param=error.param, code=error.code)
+    return error
+
+
+def _in_words(error: ErrorDetails, body: type[Body]) -> InputError:
+    path = _path(error)
+    fields = {field.alias or name: field for name, field in body.model_fields.items()}
+    if error["type"] == "extra_forbidden":
+        known = fields if len(error["loc"]) == 1 else LoraBody.model_fields
+        message = f"{path}: unknown field; the fields are {', '.join(sorted(known))}"
+        return InputError(message, param=path, code="unknown_field")
+    if not error["loc"]:
+        return invalid("body", error["input"], "a JSON object")
+    allowed = fields[str(error["loc"][0])].description or ""
+    if error["type"] == "missing":
+        return InputError(f"{path}: missing; {allowed}", param=path, code="missing_field")
+    return invalid(path, error["input"], allowed)
+
+
+def _path(error: ErrorDetails) -> str:
+    return ".".join(str(part) for part in error["loc"])

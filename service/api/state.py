@@ -1,0 +1,78 @@
+"""What every route needs: the settings, the metrics, and the engine once it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+from starlette.requests import Request
+
+from service.config import Settings
+from service.errors import UnavailableError
+from service.metrics import Metrics
+from service.recipe import Recipe
+
+if TYPE_CHECKING:  # importing it loads torch, and the port answers before that
+    from service.runtime import Runtime
+
+
+class Service:
+    """Readiness, and the threads that compress pictures. Used from the event loop only."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.draining = False
+        self.ready_at = 0.0  # Unix time
+        self._runtime: Runtime | None = None
+        self._drain: asyncio.Task[None] | None = None
+        self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="encode")
+
+    def open(self, runtime: Runtime) -> None:
+        """From here on requests are taken."""
+        self._runtime = runtime
+        self.ready_at = time.time()
+        self.metrics.watch(runtime.bridge)
+
+    @property
+    def runtime(self) -> Runtime:
+        """The loaded model and its engine. Raises UnavailableError, saying why, when it cannot take requests."""
+        if self.draining:
+            raise UnavailableError("the server is shutting down", code="shutting_down")
+        if self._runtime is None:
+            raise UnavailableError("the model is loading", code="loading")
+        if not self._runtime.bridge.ready:
+            raise UnavailableError("the engine has stopped; the server's log says why", code="engine_dead")
+        return self._runtime
+
+    async def encode(self, pixels: np.ndarray, format: str, quality: int, recipe: Recipe | None = None) -> bytes:
+        """A picture file, compressed off the event loop."""
+        from service.pictures import encode  # Pillow, not needed to answer /health
+
+        work = functools.partial(encode, pixels, format, quality, recipe)
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, work)
+
+    def begin_drain(self) -> None:
+        """Take no more requests, let those that run finish within the grace period, then cancel the rest."""
+        self.draining = True
+        if self._runtime is not None:
+            self._drain = asyncio.create_task(self._runtime.bridge.close(self.settings.server.shutdown_grace_s))
+
+    async def close(self) -> None:
+        """End the engine's thread and the encoders."""
+        if self._drain is None:
+            self.begin_drain()
+        if self._drain is not None:
+            await self._drain
+        self._encoders.shutdown()
+
+
+def service_of(request: Request) -> Service:
+    """The service that the application was built around."""
+    service: Service = request.app.state.service
+    return service

@@ -1,0 +1,49 @@
+"""Prometheus metrics, in a registry of their own. No prompt is ever a label."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
+
+if TYPE_CHECKING:
+    from service.bridge import Bridge
+
+__all__ = ["CONTENT_TYPE", "Metrics"]
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
+
+
+class Metrics:
+    """What one server counts; the engine's observer."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.running = Gauge("headstart_requests_running", "Pictures being drawn", registry=self.registry)
+        self.waiting = Gauge("headstart_requests_waiting", "Pictures accepted and not started", registry=self.registry)
+        self.requests = self._counter("requests", "Requests that ended, by outcome", "outcome")
+        self.latency = self._histogram("e2e_request_latency_seconds", "From acceptance to the end of a request")
+        self.queue_time = self._histogram("queue_time_seconds", "From acceptance to the first step of a request")
+        self.stages = self._histogram("stage_latency_seconds", "A completed request's time in a stage", "stage")
+        self.batches = self._histogram("step_batch_size", "Pictures that one step advanced", buckets=BATCHES)
+        self.steps_run = self._counter("steps_run", "Steps that were run, over all pictures")
+        self.steps_skipped = self._counter("steps_skipped", "Steps that needed no running, over all pictures")
+        self.evaluations = self._counter("evaluations", "Network evaluations, over all pictures")
+        self.http_requests = self._counter("http_requests", "HTTP replies", "route", "status")
+
+    def watch(self, bridge: Bridge) -> None:
+        """Read the number of pictures from the bridge whenever someone asks."""
+        self.running.set_function(lambda: bridge.stats.running)
+        self.waiting.set_function(lambda: bridge.stats.waiting)
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(f"headstart_{name}", help, labels, registry=self.registry)
+
+    def _histogram(self, name: str, help: str, *labels: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
+        return Histogram(f"headstart_{name}", help, labels, registry=self.registry, buckets=buckets)
