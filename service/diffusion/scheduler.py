@@ -17,7 +17,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from accel.samplers.plans import Plan
 from service.diffusion.picture import Bucket, Job, Key, Picture, Tick
@@ -27,6 +27,22 @@ if TYPE_CHECKING:
     from models.diffusion.model import Condition
 
 T = TypeVar("T")
+
+
+class Slots(Protocol):
+    """Where latents live; `accel.memory.latents.LatentSlots` is one."""
+
+    @property
+    def free(self) -> int: ...
+    def acquire(self, shape: tuple[int, int, int]) -> int: ...
+    def release(self, shape: tuple[int, int, int], slot: int) -> None: ...
+
+
+class Admission(NamedTuple):
+    """Pictures that were given slots, and the one for which `acquire` failed, if any, with its error."""
+
+    pictures: list[Picture]
+    refused: tuple[Picture, Exception] | None
 
 
 class Queue(Generic[T]):
@@ -75,32 +91,21 @@ class Scheduler:
     Args:
         max_batch: network rows of one tick: a guided picture takes two of them, any other one. A guided picture alone
             runs even when max_batch is 1.
-        max_running: latent slots, numbered from 0.
         ageing_s: seconds of waiting that are worth one point of priority.
+        slots: latent slots, which bound the pictures that run.
     """
 
-    def __init__(self, max_batch: int, max_running: int, ageing_s: float) -> None:
+    def __init__(self, max_batch: int, ageing_s: float, slots: Slots) -> None:
         self.jobs: dict[str, Job] = {}
         self._max_batch = max_batch
         self._ageing_s = ageing_s
-        self._free = list(reversed(range(max_running)))
+        self._slots = slots
         self._waiting: Queue[Picture] = Queue()
         self._lanes: dict[Bucket, Lane] = {}
         self._denoised: Queue[Picture] = Queue()
         self._deadlines: Queue[Job] = Queue()
         self._arrivals = 0
         self._ticks = 0
-        self._max_running = max_running
-
-    @property
-    def waiting(self) -> int:
-        """Pictures accepted that hold no slot yet."""
-        return len(self._waiting)
-
-    @property
-    def running(self) -> int:
-        """Pictures that hold a slot."""
-        return self._max_running - len(self._free)
 
     def add(self, request: ImageRequest, plan: Plan, bucket: Bucket, now: float) -> Job:
         """Queue the pictures of a request; its id must not be that of a live one."""
@@ -128,20 +133,23 @@ class Scheduler:
             late.append(job)
         return late
 
-    def admit(self, now: float) -> list[Picture]:
-        """Give the free slots to the most urgent waiting pictures, and say to which."""
-        admitted = []
-        while self._free and self._waiting:
+    def admit(self, now: float) -> Admission:
+        """Give the free slots to the most urgent waiting pictures."""
+        admitted: list[Picture] = []
+        while self._waiting and self._slots.free:
             picture = self._waiting.first()
+            try:
+                picture.slot = self._slots.acquire(picture.bucket.shape)
+            except Exception as error:
+                return Admission(admitted, (picture, error))
             self._waiting.remove(picture.turn)
-            picture.slot = self._free.pop()
             picture.state = State.IN_PROGRESS
             lane = self._lanes.setdefault(picture.bucket, Lane(now, self._ticks))
             lane.rows.add(picture.turn, picture)
             admitted.append(picture)
             job = self.jobs[picture.request.id]
             job.started = now if job.started is None else job.started
-        return admitted
+        return Admission(admitted, None)
 
     def attach(self, job: Job, condition: Condition) -> None:
         """Give all pictures of a request what they are drawn from."""
@@ -208,9 +216,9 @@ class Scheduler:
             self._denoised.remove(picture.turn)
         else:
             self._leave_lane(picture)
-        if picture.slot >= 0:
-            self._free.append(picture.slot)
-            picture.slot = -1
+        if picture.slot is not None:
+            self._slots.release(picture.bucket.shape, picture.slot)
+            picture.slot = None
         picture.state = state
 
     def _leave_lane(self, picture: Picture) -> None:

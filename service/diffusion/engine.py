@@ -1,0 +1,255 @@
+"""Step-level continuous batching of pictures: requests join and leave at every tick (Orca, Yu et al. 2022, for images).
+
+Decoding happens between ticks, at most DECODE_BATCH pictures of one shape at a time, as soon as they are denoised. A
+picture is thus never held back for company, and running ones wait for a bounded piece of work between two of their rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Protocol
+
+from accel.memory.latents import LatentSlots
+from accel.samplers.library import build_plan
+from accel.samplers.plans import Plan
+from models.diffusion.model import Condition, DiffusionModel
+from service.config import EngineSettings
+from service.diffusion.picture import Job, Picture, Tick
+from service.diffusion.request import (
+    Cancelled,
+    Completed,
+    Event,
+    Failed,
+    Image,
+    ImageRequest,
+    Partial,
+    Progress,
+    Started,
+    State,
+)
+from service.diffusion.runner import Runner, explained
+from service.diffusion.scheduler import Scheduler
+from service.errors import DeadlineError, HeadstartError, InputError
+
+DECODE_BATCH = 4
+
+
+class Observer(Protocol):
+    """What the engine reports as it goes; called from its thread."""
+
+    def tick(self, pictures: int, evaluations: int, seconds: float) -> None:
+        """One tick advanced so many pictures with so many network rows; on a GPU, seconds until it was handed over."""
+        ...
+
+    def stage(self, name: str, seconds: float) -> None:
+        """One batch went through "encode", "preview" or "decode"."""
+        ...
+
+
+class NullObserver:
+    def tick(self, pictures: int, evaluations: int, seconds: float) -> None: ...
+    def stage(self, name: str, seconds: float) -> None: ...
+
+
+class DiffusionEngine:
+    """Draws pictures. Not thread-safe: one thread calls every method.
+
+    Every added request gets Started at most once, then its Progress, Partial and Image events, and exactly one of
+    Completed, Failed, Cancelled.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        settings: EngineSettings,
+        observer: Observer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._model = model
+        latents = LatentSlots(settings.max_running, model.device)
+        self._scheduler = Scheduler(settings.max_batch, settings.ageing_s, latents)
+        self._runner = Runner(model, latents, settings.max_batch)
+        self._observer = observer or NullObserver()
+        self._clock = clock
+        self._events: list[Event] = []
+        self._plan = lru_cache(maxsize=256)(self._build_plan)
+
+    def add(self, request: ImageRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            InputError: the sampler has no plan of so many steps.
+        """
+        try:
+            plan = self._plan(request.sampler, request.steps, request.eta)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        self._scheduler.add(request, plan, self._runner.bucket(request), self._clock())
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request before its next row; its Cancelled comes with the next step. An unknown id is no error."""
+        job = self._scheduler.jobs.get(request_id)
+        if job is not None:
+            self._scheduler.end(job, State.CANCELLED)
+            self._events.append(Cancelled(request_id, job.timings(self._clock())))
+
+    def has_work(self) -> bool:
+        return bool(self._scheduler.jobs or self._events)
+
+    def fail_all(self, error: HeadstartError) -> list[Event]:
+        """End every live request with this error."""
+        for job in list(self._scheduler.jobs.values()):
+            self._fail(job, error)
+        return self._drain()
+
+    def step(self) -> list[Event]:
+        """Admit, run one row of one batch, decode what it finished; what happened, in order."""
+        self._expire()
+        self._admit()
+        tick = self._scheduler.schedule(self._clock())
+        if tick is not None:
+            self._run(tick)
+            self._preview(tick)
+        self._decode()
+        return self._drain()
+
+    def _expire(self) -> None:
+        for job in self._scheduler.expired(self._clock()):
+            self._fail(job, DeadlineError(f"not done within {job.request.deadline_s:g} s"))
+
+    def _admit(self) -> None:
+        """Give out free slots; encode the prompts of requests that get their first, alike ones together."""
+        admitted, refused = self._scheduler.admit(self._clock())
+        if refused is not None:
+            self._fail_picture(refused[0], explained(refused[1], "starting a picture"))
+        groups: dict[tuple[object, ...], list[Job]] = {}
+        for job in self._jobs_of(admitted):
+            if job.condition is None:
+                request = job.request
+                self._events.append(Started(request.id))
+                groups.setdefault((request.sampler, request.width, request.height, request.loras), []).append(job)
+        for jobs in groups.values():
+            self._encode(jobs)
+        self._begin([picture for picture in admitted if picture.state is State.IN_PROGRESS])
+
+    def _begin(self, pictures: list[Picture]) -> None:
+        try:
+            self._runner.begin(pictures)
+        except Exception as error:
+            reason = explained(error, "starting a picture")
+            for picture in pictures:
+                self._fail_picture(picture, reason)
+
+    def _encode(self, jobs: list[Job]) -> None:
+        begun = self._clock()
+        conditions: Sequence[Condition] = []
+        try:
+            conditions = self._runner.encode([job.request for job in jobs])
+        except HeadstartError as error:
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+            else:  # one at a time, so that only those at fault fail
+                for job in jobs:
+                    self._encode([job])
+            return
+        seconds = self._clock() - begun
+        self._observer.stage("encode", seconds)
+        for job, condition in zip(jobs, conditions, strict=True):
+            job.encode_s += seconds
+            self._scheduler.attach(job, condition)
+
+    def _run(self, tick: Tick) -> None:
+        begun = self._clock()
+        advanced, failed = self._runner.run(tick)
+        self._scheduler.commit(advanced)
+        for picture, error in failed:
+            self._fail_picture(picture, error)
+        if any(picture.denoised for picture in advanced):
+            self._runner.wait()  # so that the time is the denoising's, not the decoding's
+        seconds = self._clock() - begun
+        self._observer.tick(len(advanced), sum(picture.evaluations for picture in advanced), seconds)
+        for job in self._jobs_of(advanced):
+            job.denoise_s += seconds
+        for picture in advanced:
+            if picture.state is State.IN_PROGRESS:
+                first, total = picture.plan.first, picture.plan.first + len(picture.plan)
+                self._events.append(Progress(picture.request.id, picture.index, first + picture.cursor, total))
+
+    def _preview(self, tick: Tick) -> None:
+        due = [picture for picture in tick.pictures if _preview_number(picture) is not None]
+        if not due:
+            return
+        begun = self._clock()
+        results = self._runner.preview(due)
+        self._observer.stage("preview", self._clock() - begun)
+        for picture, result in zip(due, results, strict=True):
+            number = _preview_number(picture)
+            if isinstance(result, HeadstartError):
+                self._fail_picture(picture, result)
+            elif number is not None:  # else its request has just failed over another picture
+                self._events.append(Partial(picture.request.id, picture.index, number, result))
+
+    def _decode(self) -> None:
+        pictures = self._scheduler.to_decode(DECODE_BATCH)
+        if not pictures:
+            return
+        begun = self._clock()
+        results = self._runner.decode(pictures)
+        seconds = self._clock() - begun
+        self._observer.stage("decode", seconds)
+        for job in self._jobs_of(pictures):
+            job.decode_s += seconds
+        for picture, result in zip(pictures, results, strict=True):
+            if isinstance(result, HeadstartError):
+                self._fail_picture(picture, result)
+            elif picture.state is State.IN_PROGRESS:
+                self._finish(picture, result)
+
+    def _finish(self, picture: Picture, pixels: object) -> None:
+        job = self._scheduler.jobs[picture.request.id]
+        steps, skipped = len(picture.plan), picture.plan.first
+        self._events.append(
+            Image(picture.request.id, picture.index, picture.seed, pixels, steps, skipped, steps * picture.evaluations)
+        )
+        if self._scheduler.complete(picture):
+            self._events.append(Completed(job.request.id, job.timings(self._clock())))
+
+    def _fail_picture(self, picture: Picture, error: HeadstartError) -> None:
+        job = self._scheduler.jobs.get(picture.request.id)
+        if job is not None:  # else another picture has ended the request already
+            self._fail(job, error)
+
+    def _fail(self, job: Job, error: HeadstartError) -> None:
+        self._scheduler.end(job, State.FAILED)
+        self._events.append(Failed(job.request.id, error, job.timings(self._clock())))
+
+    def _jobs_of(self, pictures: Sequence[Picture]) -> list[Job]:
+        """The live requests of these pictures, each once, in order."""
+        jobs = self._scheduler.jobs
+        ids = dict.fromkeys(picture.request.id for picture in pictures)
+        return [jobs[request_id] for request_id in ids if request_id in jobs]
+
+    def _drain(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _build_plan(self, sampler: str, steps: int, eta: float) -> Plan:
+        defaults = self._model.card.samplers[sampler]
+        return build_plan(
+            sampler, self._model.schedule, steps, spacing=defaults.spacing, karras=defaults.karras, eta=eta
+        )
+
+
+def _preview_number(picture: Picture) -> int | None:
+    """Which preview is due now, if any.
+
+    k previews stand after rows round(rows * i / (k + 1)), i from 1 to k; a plan of fewer rows gives fewer previews.
+    """
+    if picture.state is not State.IN_PROGRESS or picture.denoised:
+        return None
+    parts = picture.request.partial_images + 1
+    marks = dict.fromkeys(round(len(picture.plan) * i / parts) for i in range(1, parts))
+    marks.pop(0, None)
+    return list(marks).index(picture.cursor) if picture.cursor in marks else None

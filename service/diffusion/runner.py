@@ -1,0 +1,227 @@
+"""The only code that touches the model: encode, begin, run, preview, decode. Called from the engine's thread alone.
+
+Nothing here waits for the device except `preview` and `decode`, which need their pictures on the host, and `run`, which
+keeps the host from racing more than two ticks ahead of the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from accel.kernels.sampler_step import sampler_step
+from accel.memory.latents import LatentSlots
+from accel.samplers.noise import INITIAL_ROW, gaussian
+from models.diffusion.model import Condition, Denoiser, DiffusionModel, as_array
+from models.errors import ModelError
+from service.diffusion.picture import Bucket, Picture, Tick
+from service.diffusion.request import ImageRequest
+from service.diffusion.staging import Staging
+from service.errors import HeadstartError, NonFiniteError, OutOfMemoryError
+
+log = logging.getLogger(__name__)
+
+CEILING_TICKS = 1000  # a batch ceiling is tried again after so many ticks: the memory's other user may have left
+
+
+class Outcome(NamedTuple):
+    """What became of a tick's pictures: those whose latents advanced, and those that failed, each with its reason."""
+
+    advanced: list[Picture]
+    failed: list[tuple[Picture, HeadstartError]]
+
+
+class Runner:
+    """A model and the latents of the running pictures.
+
+    Args:
+        latents: where they live; slots are taken and given back by the scheduler.
+        max_batch: pictures of one tick at most.
+    """
+
+    def __init__(self, model: DiffusionModel, latents: LatentSlots, max_batch: int) -> None:
+        self._model = model
+        self._latents = latents
+        self._staging = Staging(max_batch, model.device)
+        self._networks: dict[str, Denoiser] = {}
+        self._samplers: dict[str, str] = {}  # sampler -> name of its network
+        for sampler in model.card.samplers:
+            denoiser = model.denoiser(sampler)
+            name = next((name for name, other in self._networks.items() if other is denoiser), sampler)
+            self._samplers[sampler] = name
+            self._networks[name] = denoiser
+        self._ceilings: dict[tuple[str, tuple[int, ...]], int] = {}  # network rows, after running out of memory
+        self._ticks = 0
+
+    def bucket(self, request: ImageRequest) -> Bucket:
+        """The bucket in which the request's pictures run."""
+        card = self._model.card
+        shape = (card.latent_channels, request.height // card.scale, request.width // card.scale)
+        return Bucket(self._samplers[request.sampler], shape, request.loras)
+
+    @torch.inference_mode()
+    def encode(self, requests: Sequence[ImageRequest]) -> list[Condition]:
+        """Encode requests of one sampler, size and LoRA set in one batch.
+
+        Raises:
+            HeadstartError: the batch failed; nothing is known of its members.
+        """
+        first = requests[0]
+        try:
+            self._model.use_loras(first.loras)
+            conditions = self._model.encode(
+                [(request.prompt, request.negative_prompt) for request in requests],
+                [request.guidance_scale for request in requests],
+                first.sampler,
+                (first.width, first.height),
+            )
+        except Exception as error:
+            raise explained(error, "encoding the prompt") from error
+        return [
+            replace(condition, class_label=request.class_label)
+            for condition, request in zip(conditions, requests, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def begin(self, pictures: Sequence[Picture]) -> None:
+        """Put the initial latents of pictures that were just given slots into them: gaussian(seed) * init_scale."""
+        for batch in _by_shape(pictures):
+            shape = batch[0].bucket.shape
+            x, _, _ = self._latents.tensors(shape)
+            seeds = self._send([picture.seed for picture in batch])
+            scales = self._send([picture.plan.init_scale for picture in batch])
+            noise = gaussian(seeds, INITIAL_ROW, shape, self._model.device)
+            x[self._slots(batch)] = noise * scales.view(-1, 1, 1, 1)
+
+    def run(self, tick: Tick) -> Outcome:
+        """Advance the tick's pictures by one row, splitting the batch when memory runs out.
+
+        The latents of a part are written after all that can fail in it, so that a failed part has not moved.
+        """
+        self._ticks += 1
+        if self._ticks % CEILING_TICKS == 0:
+            self._ceilings.clear()
+        kind = (tick.bucket.network, tick.bucket.shape)
+        outcome = Outcome([], [])
+        left = tick.pictures
+        while left:
+            part = _fitting(left, self._ceilings.get(kind))
+            error = self._advance(tick.bucket, part)
+            if error is None:
+                outcome.advanced.extend(part)
+            elif isinstance(error, OutOfMemoryError) and len(part) > 1:
+                self._free_memory()
+                self._ceilings[kind] = sum(picture.evaluations for picture in part) // 2
+                log.warning("out of memory: %s runs %d network rows at once from now on", kind, self._ceilings[kind])
+                continue
+            else:
+                outcome.failed.extend((picture, error) for picture in part)
+            left = left[len(part) :]
+        return outcome
+
+    @torch.inference_mode()
+    def _advance(self, bucket: Bucket, pictures: list[Picture]) -> HeadstartError | None:
+        conditions = [picture.condition for picture in pictures if picture.condition is not None]
+        try:
+            self._model.use_loras(bucket.loras)
+            x, previous, finite = self._latents.tensors(bucket.shape)
+            batch = self._staging.send(pictures)
+            denoised = self._networks[bucket.network](x[batch.slots], batch.t, batch.alpha, conditions)
+            sampler_step(x, previous, batch.slots, denoised, batch.coefficients, batch.seeds, batch.rows, finite)
+        except Exception as error:
+            return explained(error, "a denoising step")
+        finally:
+            self._staging.mark()
+        return None
+
+    def preview(self, pictures: Sequence[Picture]) -> list[np.ndarray | HeadstartError]:
+        """Cheap pictures of the last estimates of x0, [H, W, 3] uint8 each, or why there is none. One shape."""
+        _, previous, finite = self._latents.tensors(pictures[0].bucket.shape)
+        return self._render(pictures, previous, finite, self._model.preview)
+
+    def decode(self, pictures: Sequence[Picture]) -> list[np.ndarray | HeadstartError]:
+        """Final pictures, [H, W, 3] uint8 each, or why there is none. One shape."""
+        x, _, finite = self._latents.tensors(pictures[0].bucket.shape)
+        return self._render(pictures, x, finite, self._model.decode)
+
+    def wait(self) -> None:
+        """Until the device has run every tick it was given."""
+        self._staging.wait()
+
+    @torch.inference_mode()
+    def _render(
+        self,
+        pictures: Sequence[Picture],
+        latents: torch.Tensor,
+        finite: torch.Tensor,
+        draw: Callable[[torch.Tensor], torch.Tensor],
+    ) -> list[np.ndarray | HeadstartError]:
+        try:
+            slots = self._slots(pictures)
+            arrays = as_array(draw(latents[slots]))
+            flags = finite[slots].tolist()
+        except Exception as error:
+            reason = explained(error, "decoding")
+        else:
+            return [
+                array if flag else NonFiniteError(f"the latents of picture {picture.index} are not finite")
+                for picture, array, flag in zip(pictures, arrays, flags, strict=True)
+            ]
+        if isinstance(reason, OutOfMemoryError) and len(pictures) > 1:
+            self._free_memory()
+            half = len(pictures) // 2
+            return [
+                result
+                for part in (pictures[:half], pictures[half:])
+                for result in self._render(part, latents, finite, draw)
+            ]
+        return [reason] * len(pictures)
+
+    def _slots(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        return self._send([picture.slot for picture in pictures if picture.slot is not None])
+
+    def _send(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values).to(self._model.device)
+
+    def _free_memory(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def explained(error: Exception, doing: str) -> HeadstartError:
+    """What a caller is told about an exception; the log gets the rest.
+
+    Raises:
+        torch.AcceleratorError: the device itself has failed, and with it everything that this process has on it.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        raise error
+    if isinstance(error, HeadstartError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return OutOfMemoryError(f"out of memory in {doing}")
+    if isinstance(error, ModelError):
+        return HeadstartError(f"{doing} failed: {error}")
+    log.error("%s failed", doing, exc_info=error)
+    return HeadstartError(f"{doing} failed: {type(error).__name__}")
+
+
+def _by_shape(pictures: Sequence[Picture]) -> list[list[Picture]]:
+    groups: dict[tuple[int, ...], list[Picture]] = {}
+    for picture in pictures:
+        groups.setdefault(picture.bucket.shape, []).append(picture)
+    return list(groups.values())
+
+
+def _fitting(pictures: list[Picture], ceiling: int | None) -> list[Picture]:
+    """As many of the first pictures as the ceiling's network rows allow, at least one."""
+    if ceiling is None:
+        return pictures
+    rows = itertools.accumulate(picture.evaluations for picture in pictures)
+    return pictures[: max(1, sum(total <= ceiling for total in rows))]
