@@ -1,7 +1,7 @@
 """Step-level continuous batching of pictures: requests join and leave at every tick (Orca, Yu et al. 2022, for images).
 
-Decoding happens between ticks, at most DECODE_BATCH pictures of one shape at a time, as soon as they are denoised. A
-picture is thus never held back for company, and running ones wait for a bounded piece of work between two of their rows.
+Decoding happens between ticks, at most DECODE_BATCH pictures of one shape at a time, as soon as they are denoised: no
+picture is held back for company, and running ones wait for a bounded piece of work between two of their rows.
 """
 
 from __future__ import annotations

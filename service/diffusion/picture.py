@@ -34,7 +34,7 @@ class Picture:
     turn: Key  # earlier is more urgent
     condition: Condition | None = None  # set before its first tick
     cursor: int = 0  # rows run
-    slot: int | None = None
+    slot: int = -1  # held while in progress
     state: State = State.QUEUED
 
     @property

@@ -184,7 +184,7 @@ class Runner:
         return [reason] * len(pictures)
 
     def _slots(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        return self._send([picture.slot for picture in pictures if picture.slot is not None])
+        return self._send([picture.slot for picture in pictures])
 
     def _send(self, values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values).to(self._model.device)

@@ -212,13 +212,12 @@ class Scheduler:
     def _release(self, picture: Picture, state: State) -> None:
         if picture.state is State.QUEUED:
             self._waiting.remove(picture.turn)
-        elif picture.denoised:
-            self._denoised.remove(picture.turn)
         else:
-            self._leave_lane(picture)
-        if picture.slot is not None:
+            if picture.denoised:
+                self._denoised.remove(picture.turn)
+            else:
+                self._leave_lane(picture)
             self._slots.release(picture.bucket.shape, picture.slot)
-            picture.slot = None
         picture.state = state
 
     def _leave_lane(self, picture: Picture) -> None:
