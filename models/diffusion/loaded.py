@@ -1,0 +1,80 @@
+"""A loaded model: the parts, behind the contract of `models.diffusion.model`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from accel.samplers.schedules import NoiseSchedule
+from models.diffusion.denoiser import ConsistencyDenoiser, TextDenoiser
+from models.diffusion.lora import LoraSet
+from models.diffusion.model import Condition, ModelCard, TextStates
+from models.diffusion.text import TextEncoder
+from models.diffusion.vae import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Implements `DiffusionModel`.
+
+    networks: the denoiser of each sampler of the card.
+    text: None for a model without text.
+    zero_negative: the states of an empty negative prompt are zeros (SDXL's force_zeros_for_empty_prompt).
+    """
+
+    card: ModelCard
+    schedule: NoiseSchedule
+    device: torch.device
+    dtype: torch.dtype
+    networks: Mapping[str, TextDenoiser | ConsistencyDenoiser]
+    decoder: Decoder
+    loras: LoraSet
+    text: TextEncoder | None = None
+    zero_negative: bool = False
+
+    def denoiser(self, sampler: str) -> TextDenoiser | ConsistencyDenoiser:
+        return self.networks[sampler]
+
+    def encode(
+        self, prompts: Sequence[tuple[str, str]], guidance_scales: Sequence[float], sampler: str, size: tuple[int, int]
+    ) -> list[Condition]:
+        """Encode (prompt, negative prompt) pairs under the active LoRA set; see `DiffusionModel.encode`.
+
+        A negative prompt is encoded only where it acts: guidance_scale > 1 and guidance not embedded in the network. A
+        class label is not text: the caller sets it with `dataclasses.replace`.
+        """
+        network = self.networks[sampler]
+        if self.text is None or isinstance(network, ConsistencyDenoiser):
+            return [Condition(None, None, 1.0) for _ in prompts]
+        guided = [scale > 1 and not network.embeds_guidance for scale in guidance_scales]
+        positives = [prompt for prompt, _ in prompts]
+        negatives = [negative for (_, negative), row_guided in zip(prompts, guided, strict=True) if row_guided]
+        states = self.text.encode([*positives, *negatives], variant=self.loras.active)
+        rest = iter(zip(negatives, states[len(positives) :], strict=True))
+        return [
+            Condition(positive, self._negative(*next(rest)) if row_guided else None, scale, self._time_ids(size))
+            for positive, row_guided, scale in zip(states, guided, guidance_scales, strict=False)
+        ]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decoder(latents)
+
+    def preview(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decoder(latents)
+
+    def use_loras(self, loras: Sequence[tuple[str, float]]) -> None:
+        self.loras.use(loras)
+
+    def _negative(self, prompt: str, states: TextStates) -> TextStates:
+        if prompt or not self.zero_negative or states.pooled is None:
+            return states
+        return TextStates(torch.zeros_like(states.hidden), torch.zeros_like(states.pooled))
+
+    def _time_ids(self, size: tuple[int, int]) -> tuple[float, ...] | None:
+        """SDXL: original size, crop corner, target size, each (height, width); the picture is asked for uncropped."""
+        if self.card.kind != "sdxl":
+            return None
+        width, height = map(float, size)
+        return (height, width, 0.0, 0.0, height, width)

@@ -1,0 +1,120 @@
+"""Prompts to text states, as diffusers' pipelines encode them."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from models.diffusion.folder import Folder, load_module, one_line, quiet_libraries
+from models.diffusion.model import TextStates
+from models.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "BertModel")
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast")
+CACHED_PROMPTS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """One text encoder and its tokenizer."""
+
+    tokenizer: Any
+    encoder: Any
+
+    def __call__(self, prompts: Sequence[str], *, hidden_states: bool) -> Any:
+        """Run the encoder on prompts padded or cut to the tokenizer's length."""
+        limit = self.tokenizer.model_max_length
+        for number, ids in enumerate(self.tokenizer(list(prompts))["input_ids"]):
+            if len(ids) > limit:
+                logger.warning("prompt %d has %d tokens; the last %d are ignored", number, len(ids), len(ids) - limit)
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        ).to(self.encoder.device)
+        masked = getattr(self.encoder.config, "use_attention_mask", False)
+        return self.encoder(
+            tokens.input_ids,
+            attention_mask=tokens.attention_mask if masked else None,
+            output_hidden_states=hidden_states,
+        )
+
+
+class TextEncoder:
+    """All towers of a model, and the states of the prompts seen last.
+
+    Args:
+        towers: one; or two for SDXL, whose states are the towers' penultimate layers side by side and the last tower's
+            pooled projection.
+    """
+
+    def __init__(self, towers: Sequence[Tower]) -> None:
+        self.towers = tuple(towers)
+        self._states: OrderedDict[Hashable, TextStates] = OrderedDict()
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest prompt, in tokens, that every tower reads whole."""
+        return min(int(tower.tokenizer.model_max_length) for tower in self.towers)
+
+    def encode(self, prompts: Sequence[str], variant: Hashable = None) -> list[TextStates]:
+        """Encode the prompts that are not remembered, in one batch.
+
+        Args:
+            variant: tells apart states of one prompt under different weights (LoRA sets).
+        """
+        missing = [prompt for prompt in dict.fromkeys(prompts) if (variant, prompt) not in self._states]
+        fresh = dict(zip(missing, self._run(missing), strict=True)) if missing else {}
+        states = [fresh.get(prompt) or self._states[variant, prompt] for prompt in prompts]
+        for prompt, state in zip(prompts, states, strict=True):
+            self._states[variant, prompt] = state
+            self._states.move_to_end((variant, prompt))
+        while len(self._states) > CACHED_PROMPTS:
+            self._states.popitem(last=False)
+        return states
+
+    @torch.no_grad()
+    def _run(self, prompts: Sequence[str]) -> list[TextStates]:
+        if len(self.towers) == 1:
+            hidden = self.towers[0](prompts, hidden_states=False)[0]
+            return [TextStates(row.clone()) for row in hidden]  # cloned: a view would keep the whole batch alive
+        outputs = [tower(prompts, hidden_states=True) for tower in self.towers]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        pooled = outputs[-1].text_embeds
+        return [TextStates(row.clone(), vector.clone()) for row, vector in zip(hidden, pooled, strict=True)]
+
+
+def load_text(folder: Folder, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """Load the folder's text encoders and tokenizers."""
+    suffixes = ("", "_2") if folder.pipeline == "StableDiffusionXLPipeline" else ("",)
+    return TextEncoder([_load_tower(folder, suffix, device, dtype) for suffix in suffixes])
+
+
+def _load_tower(folder: Folder, suffix: str, device: torch.device, dtype: torch.dtype) -> Tower:
+    import transformers
+
+    name = f"text_encoder{suffix}"
+    cls = getattr(transformers, folder.component(name, ENCODERS))
+    encoder = load_module(cls, folder.path / name, dtype, dtype_argument="dtype")
+    name = f"tokenizer{suffix}"
+    cls = getattr(transformers, folder.component(name, TOKENIZERS))
+    try:
+        with quiet_libraries():
+            tokenizer = cls.from_pretrained(folder.path / name, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{folder.path / name} holds no {cls.__name__}: {one_line(error)}") from error
+    size, vocabulary = encoder.config.vocab_size, len(tokenizer)
+    if vocabulary > size:
+        raise ModelError(f"{folder.path / name} has {vocabulary} tokens, its text encoder only {size}")
+    positions = encoder.config.max_position_embeddings
+    if tokenizer.model_max_length > positions:
+        raise ModelError(
+            f"{folder.path / name / 'tokenizer_config.json'}: model_max_length {tokenizer.model_max_length} is more than "
+            f"the text encoder's {positions} positions"
+        )
+    return Tower(tokenizer, encoder.to(device))
