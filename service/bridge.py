@@ -148,6 +148,8 @@ class Bridge(Generic[R_contra]):
         self._max_waiting = settings.max_waiting
         self._condition = threading.Condition()  # guards everything below
         self._live: dict[str, _Mailbox] = {}
+        self._waiting = 0  # pictures of live requests that have not started
+        self._running = 0  # pictures of those that have
         self._commands: list[Callable[[], None]] = []
         self._accepting = False
         self._stopping = False
@@ -170,11 +172,7 @@ class Bridge(Generic[R_contra]):
     @property
     def stats(self) -> Stats:
         with self._condition:
-            waiting = self._waiting()
-            return Stats(sum(box.request.n for box in self._live.values()) - waiting, waiting, self._started_at)
-
-    def _waiting(self) -> int:
-        return sum(box.request.n for box in self._live.values() if not box.started)
+            return Stats(self._running, self._waiting, self._started_at)
 
     def submit(self, request: R_contra) -> RequestStream:
         """Accept a request. Called from a running event loop, the one that reads the stream.
@@ -190,12 +188,13 @@ class Bridge(Generic[R_contra]):
                 raise self._error or UnavailableError("the engine is not running")
             if request.id in self._live:
                 raise ConflictError(f"request_id: {request.id!r} is in progress already", param="request_id")
-            excess = self._waiting() + request.n - self._max_waiting
+            excess = self._waiting + request.n - self._max_waiting
             if excess > 0:
                 raise BusyError(
                     f"the queue is full: at most {self._max_waiting} pictures wait", retry_after=self._pause(excess)
                 )
             self._live[request.id] = mailbox
+            self._waiting += request.n
             self._commands.append(lambda: self._add(request))
             self._condition.notify()
         return RequestStream(mailbox, self._abort)
@@ -272,14 +271,24 @@ class Bridge(Generic[R_contra]):
                 mailbox = self._live.get(event.request_id)
                 if mailbox is None:
                     continue
-                if isinstance(event, Started):
-                    mailbox.started = True
-                if _terminal(event):
-                    del self._live[event.request_id]
-                if isinstance(event, Completed):
-                    self._pace(mailbox.request.n)
+                self._count(mailbox, event)
             if not mailbox.put(event):
                 self._abort(mailbox)
+
+    def _count(self, mailbox: _Mailbox, event: Event) -> None:
+        pictures = mailbox.request.n
+        if isinstance(event, Started):
+            mailbox.started = True
+            self._waiting -= pictures
+            self._running += pictures
+        if _terminal(event):
+            del self._live[event.request_id]
+            if mailbox.started:
+                self._running -= pictures
+            else:
+                self._waiting -= pictures
+        if isinstance(event, Completed):
+            self._pace(pictures)
 
     def _pace(self, pictures: int) -> None:
         sample = self._busy_s / pictures
