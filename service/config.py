@@ -38,7 +38,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    max_batch: int = 8  # rows of one tick
+    max_batch: int = 16  # network rows of one tick; a picture with guidance takes two, any other one
     max_running: int = 32  # pictures that hold latent slots
     max_waiting: int = 256  # pictures accepted and not yet running; beyond it: 429
     ageing_s: float = 10.0  # waiting this long is worth one point of priority
@@ -68,7 +68,7 @@ GROUPS: dict[str, Any] = {
 
 
 class Kind(NamedTuple):
-    """How a value is read from text (flag, environment) and from TOML. Readers raise ValueError for what is not allowed."""
+    """How a value is read from text (flag, environment) and from TOML. Both raise ValueError for what is not allowed."""
 
     allowed: str
     from_text: Callable[[str], object]
@@ -198,7 +198,7 @@ OPTIONS = (
     ),
     Option("model", "loras", "--lora", _loras(), "a LoRA file to load under a name; may be repeated", "NAME=FILE"),
     Option("model", "cache_dir", "--cache-dir", _folder(), "where downloaded weights are kept", "FOLDER"),
-    Option("engine", "max_batch", "--max-batch", _integer(1, 256), "pictures advanced by one network call", "N"),
+    Option("engine", "max_batch", "--max-batch", _integer(1, 256), "network rows of one call; guidance takes two", "N"),
     Option("engine", "max_running", "--max-running", _integer(1, 4096), "pictures being drawn at once", "N"),
     Option("engine", "max_waiting", "--max-waiting", _integer(0, 1_000_000), "pictures that may wait; then 429", "N"),
     Option(
