@@ -36,7 +36,13 @@ def sd(folder: Path, *, prediction_type: str = "epsilon") -> Path:
     _scheduler(
         folder,
         "PNDMScheduler",
-        SD_SCHEDULE | {"skip_prk_steps": True, "set_alpha_to_one": False, "prediction_type": prediction_type},
+        SD_SCHEDULE
+        | {
+            "skip_prk_steps": True,
+            "set_alpha_to_one": False,
+            "clip_sample": False,
+            "prediction_type": prediction_type,
+        },
     )
     return _index(folder, "StableDiffusionPipeline", tokenizer="CLIPTokenizer", text_encoder="CLIPTextModel")
 
