@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
@@ -23,15 +21,17 @@ from service.metrics import Metrics
 if TYPE_CHECKING:
     from service.runtime import Runtime
 
-log = logging.getLogger(__name__)
 Opener = Callable[[Settings, Metrics], "Runtime"]
 
 
-def create_app(settings: Settings, opener: Opener, on_failure: Callable[[Exception], None]) -> FastAPI:
+def create_app(
+    settings: Settings, opener: Opener, on_ready: Callable[[str], None], on_failure: Callable[[Exception], None]
+) -> FastAPI:
     """The application. It answers /health at once and loads the model behind that.
 
     Args:
         opener: loads the model and starts its engine; called in a thread.
+        on_ready: told, on the event loop, the model's name once requests are taken.
         on_failure: told, on the event loop, why that could not be done.
     """
     metrics = Metrics()
@@ -39,7 +39,7 @@ def create_app(settings: Settings, opener: Opener, on_failure: Callable[[Excepti
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_load(service, opener, on_failure))
+        loading = asyncio.create_task(_load(service, opener, on_ready, on_failure))
         yield
         await loading  # a thread cannot be interrupted; a runtime that it opens must be closed
         await service.close()
@@ -60,12 +60,13 @@ def create_app(settings: Settings, opener: Opener, on_failure: Callable[[Excepti
     return app
 
 
-async def _load(service: Service, opener: Opener, on_failure: Callable[[Exception], None]) -> None:
-    begun = time.monotonic()
+async def _load(
+    service: Service, opener: Opener, on_ready: Callable[[str], None], on_failure: Callable[[Exception], None]
+) -> None:
     try:
         runtime = await asyncio.to_thread(opener, service.settings, service.metrics)
     except Exception as error:
         on_failure(error)
         return
     service.open(runtime)
-    log.info("ready: %s, %.1f s after the start of loading", runtime.card.name, time.monotonic() - begun)
+    on_ready(runtime.card.name)

@@ -7,7 +7,7 @@ import functools
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -59,16 +59,12 @@ class Settings:
     log: LogSettings = field(default_factory=LogSettings)
 
 
-GROUPS: dict[str, Any] = {
-    "server": ServerSettings,
-    "model": ModelSettings,
-    "engine": EngineSettings,
-    "log": LogSettings,
-}
+GROUPS = ("server", "model", "engine", "log")
+DEFAULTS = Settings()
 
 
 class Kind(NamedTuple):
-    """How a value is read from text (flag, environment) and from TOML. Both raise ValueError for what is not allowed."""
+    """How a value is read from text (flag, environment) and from TOML; both raise ValueError for what is refused."""
 
     allowed: str
     from_text: Callable[[str], object]
@@ -215,13 +211,16 @@ OPTIONS = (
 )
 
 
-def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Path | None = None) -> Settings:
+def load(
+    flags: Mapping[str, str], environ: Mapping[str, str], file: Path | None = None, defaults: Settings = DEFAULTS
+) -> Settings:
     """Settings from flags, then the environment, then a TOML file; the first source that names a setting wins.
 
     Args:
         flags: raw values by flag, such as {"--port": "8001"}; only those that were given.
         environ: the environment. Unknown HEADSTART_* variables are errors.
         file: a TOML file with tables server, model, engine and log; HEADSTART_CONFIG names one too.
+        defaults: for settings that no source names.
 
     Raises:
         SetupError: naming the source, the value and what is allowed.
@@ -236,7 +235,8 @@ def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Path | None
     for key, value in values.items():
         group, name = key.split(".")
         named[group][name] = value
-    return Settings(**{group: make(**named[group]) for group, make in GROUPS.items()})
+    changed: dict[str, Any] = {group: replace(getattr(defaults, group), **named[group]) for group in GROUPS}
+    return Settings(**changed)
 
 
 def _read(option: Option, source: str, value: Any, reader: Callable[[Any], object]) -> object:

@@ -35,7 +35,7 @@ def setup(settings: LogSettings) -> None:
 class PlainFormatter(logging.Formatter):
     """`2026-01-31T12:00:00Z INFO service.app: message`; a message's line breaks are escaped, a traceback's are not."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ")
@@ -48,7 +48,7 @@ class PlainFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {

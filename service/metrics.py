@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 
-if TYPE_CHECKING:
-    from service.bridge import Bridge
+from service.diffusion.request import Timings
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
@@ -26,17 +23,38 @@ class Metrics:
         self.requests = self._counter("requests", "Requests that ended, by outcome", "outcome")
         self.latency = self._histogram("e2e_request_latency_seconds", "From acceptance to the end of a request")
         self.queue_time = self._histogram("queue_time_seconds", "From acceptance to the first step of a request")
-        self.stages = self._histogram("stage_latency_seconds", "A completed request's time in a stage", "stage")
+        self.stages = self._histogram(
+            "stage_latency_seconds", "One batch in a stage: encode, denoise (a step), preview, decode", "stage"
+        )
         self.batches = self._histogram("step_batch_size", "Pictures that one step advanced", buckets=BATCHES)
         self.steps_run = self._counter("steps_run", "Steps that were run, over all pictures")
         self.steps_skipped = self._counter("steps_skipped", "Steps that needed no running, over all pictures")
         self.evaluations = self._counter("evaluations", "Network evaluations, over all pictures")
         self.http_requests = self._counter("http_requests", "HTTP replies", "route", "status")
 
-    def watch(self, bridge: Bridge) -> None:
-        """Read the number of pictures from the bridge whenever someone asks."""
-        self.running.set_function(lambda: bridge.stats.running)
-        self.waiting.set_function(lambda: bridge.stats.waiting)
+    # The engine's observer; called from its thread.
+
+    def tick(self, pictures: int, evaluations: int, seconds: float) -> None:
+        self.batches.observe(pictures)
+        self.steps_run.inc(pictures)
+        self.evaluations.inc(evaluations)
+        self.stages.labels(stage="denoise").observe(seconds)
+
+    def stage(self, name: str, seconds: float) -> None:
+        self.stages.labels(stage=name).observe(seconds)
+
+    def load(self, running: int, waiting: int) -> None:
+        self.running.set(running)
+        self.waiting.set(waiting)
+
+    # What the service sees; called from the event loop.
+
+    def ended(self, outcome: str, timings: Timings | None) -> None:
+        """A request is completed, failed, cancelled, or was rejected by a full queue; only the last has no timings."""
+        self.requests.labels(outcome=outcome).inc()
+        if timings is not None:
+            self.latency.observe(timings.total_s)
+            self.queue_time.observe(timings.queue_s)
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -1,7 +1,7 @@
 """Pixels to picture files that carry their settings, and back to the settings.
 
-PNG holds them in the text chunk `parameters`, in the layout that AUTOMATIC1111's web UI introduced; JPEG and WebP hold the
-same text in the EXIF tag UserComment, as UTF-16BE after the character code UNICODE.
+PNG holds them in the text chunk `parameters`, in the layout that AUTOMATIC1111's web UI introduced; JPEG and WebP hold
+the same text in the EXIF tag UserComment, as UTF-16BE after the character code UNICODE.
 """
 
 from __future__ import annotations

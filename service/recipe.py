@@ -4,8 +4,8 @@
     Negative prompt: blurry
     Steps: 4, Sampler: LCM, CFG scale: 2, Seed: 7, Size: 256x256, Model: default, Version: headstart 0.1.0
 
-The layout is ambiguous: a prompt may hold a line that looks like the second or the third. Where reading the plain layout
-back would not give the same prompts, the last line repeats them as JSON strings, under keys of their own.
+The layout is ambiguous: a prompt may hold a line that looks like the second or the third. Where reading the plain
+layout back would not give the same prompts, the last line repeats them as JSON strings, under keys of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from service.diffusion.request import ImageRequest
 SAMPLER_LABELS = {
     "ddim": "DDIM",
     "euler": "Euler",
-    "euler_ancestral": "Euler a",
+    "euler_a": "Euler a",
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
     "lcm": "LCM",

@@ -2,24 +2,62 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import uuid
 
+from models.diffusion.loading import load_model
 from models.diffusion.model import ModelCard
 from service.bridge import Bridge
-from service.config import EngineSettings
+from service.config import EngineSettings, Settings
 from service.diffusion.admission import resolve
-from service.diffusion.request import MAX_SEED, Draft, ImageRequest
+from service.diffusion.engine import DiffusionEngine, Observer
+from service.diffusion.request import MAX_SEED, Draft, Failed, ImageRequest
 
 
 class Runtime:
-    """Takes drafts and draws them. `bridge` must have been started."""
+    """Takes drafts and draws them, once `bridge` has been started."""
 
-    def __init__(self, card: ModelCard, bridge: Bridge, limits: EngineSettings) -> None:
+    def __init__(self, card: ModelCard, bridge: Bridge[ImageRequest], limits: EngineSettings) -> None:
         self.card = card
         self.bridge = bridge
         self._limits = limits
 
     def resolve(self, draft: Draft) -> ImageRequest:
         """The draft checked and completed, with an id of its own. Raises InputError."""
-        return resolve(draft, self.card, self._limits, id=uuid.uuid4().hex, random_seed=secrets.randbelow(MAX_SEED + 1))
+        seed = secrets.randbelow(MAX_SEED + 1)
+        return resolve(draft, self.card, self._limits, id=uuid.uuid4().hex, random_seed=seed)
+
+    async def warm_up(self) -> None:
+        """Draw one picture in one step, so that the first client does not pay for what is made on first use.
+
+        Raises the error of a model that cannot draw.
+        """
+        label = None if self.card.num_classes is None else 0
+        request = self.resolve(Draft(prompt="warming up", num_inference_steps=1, class_label=label))
+        async for event in self.bridge.submit(request):
+            if isinstance(event, Failed):
+                raise event.error
+
+
+def open_runtime(settings: Settings, observer: Observer | None = None) -> Runtime:
+    """Load the model. Its bridge is not started yet. Raises ModelError."""
+    chosen = settings.model
+    model = load_model(
+        chosen.model,
+        revision=chosen.revision,
+        dtype=chosen.dtype,
+        device=chosen.device,
+        loras=chosen.loras,
+        cache_dir=chosen.cache_dir,
+    )
+    bridge: Bridge[ImageRequest] = Bridge(DiffusionEngine(model, settings.engine, observer), settings.engine)
+    return Runtime(model.card, bridge, settings.engine)
+
+
+def open_warm_runtime(settings: Settings, observer: Observer | None = None) -> Runtime:
+    """The same, with its bridge started and its engine warmed up. For a thread that runs no event loop."""
+    runtime = open_runtime(settings, observer)
+    runtime.bridge.start()
+    asyncio.run(runtime.warm_up())
+    return runtime

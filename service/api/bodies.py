@@ -13,7 +13,7 @@ from service.api.schemas import Body, input_error
 from service.errors import MalformedError, MediaTypeError
 
 BodyT = TypeVar("BodyT", bound=Body)
-# `curl -d` says form-urlencoded unless told otherwise, and some clients say nothing: a body that is JSON is taken as JSON.
+# `curl -d` says form-urlencoded unless told otherwise, and some clients say nothing: what they send is read as JSON.
 JSON_TYPES = ("", "application/json", "application/x-www-form-urlencoded")
 
 

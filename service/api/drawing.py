@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ async def draw(service: Service, client: Request, job: Job) -> tuple[list[Pictur
     encoding: list[asyncio.Task[Picture]] = []
     timings = Timings()
     try:
-        async with events_of(service, client, service.runtime.bridge.submit(job.request)) as events:
+        async with events_of(service, client, service.submit(job.request)) as events:
             async for event in events:
                 if isinstance(event, Image):
                     encoding.append(asyncio.create_task(job.picture(service, event)))
@@ -82,9 +81,15 @@ async def events_of(service: Service, client: Request, stream: RequestStream) ->
 
 async def _until_terminal(service: Service, stream: RequestStream) -> AsyncIterator[Event]:
     async for event in stream:
-        if isinstance(event, Failed):
+        if isinstance(event, Completed):
+            service.metrics.ended("completed", event.timings)
+        elif isinstance(event, Image):
+            service.metrics.steps_skipped.inc(event.steps_skipped)
+        elif isinstance(event, Failed):
+            service.metrics.ended("failed", event.timings)
             raise event.error
-        if isinstance(event, Cancelled):
+        elif isinstance(event, Cancelled):
+            service.metrics.ended("cancelled", event.timings)
             if service.draining:
                 raise UnavailableError("the server shut down before the request was done", code="shutting_down")
             raise CancelledError("the client closed the connection")

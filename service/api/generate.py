@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from typing import Any
@@ -38,7 +37,7 @@ async def generate(client: Request) -> Response:
     format = media_type.partition("/")[2] if media_type.startswith("image/") else body.output_format or "png"
     job = Job(request, runtime.card.name, format, body.quality)
     if body.stream:
-        return EventStream(_messages(service, client, job, runtime.bridge.submit(request)))
+        return EventStream(_messages(service, client, job, service.submit(request)))
     if media_type.startswith("image/") and request.n > 1:
         raise invalid("n", request.n, f"1 for Accept: {media_type}; ask for application/json to get several pictures")
     pictures, timings = await draw(service, client, job)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from starlette.requests import Request
 
+from service.bridge import RequestStream
 from service.config import Settings
-from service.errors import UnavailableError
+from service.diffusion.request import ImageRequest
+from service.errors import BusyError, UnavailableError
 from service.metrics import Metrics
 from service.recipe import Recipe
 
@@ -37,7 +39,6 @@ class Service:
         """From here on requests are taken."""
         self._runtime = runtime
         self.ready_at = time.time()
-        self.metrics.watch(runtime.bridge)
 
     @property
     def runtime(self) -> Runtime:
@@ -49,6 +50,14 @@ class Service:
         if not self._runtime.bridge.ready:
             raise UnavailableError("the engine has stopped; the server's log says why", code="engine_dead")
         return self._runtime
+
+    def submit(self, request: ImageRequest) -> RequestStream:
+        """Hand a request to the engine. Raises BusyError and UnavailableError."""
+        try:
+            return self.runtime.bridge.submit(request)
+        except BusyError:
+            self.metrics.ended("rejected", None)
+            raise
 
     async def encode(self, pixels: np.ndarray, format: str, quality: int, recipe: Recipe | None = None) -> bytes:
         """A picture file, compressed off the event loop."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import httpx
 import numpy as np
-import uvicorn
 
 from models.diffusion.model import ModelCard, SamplerDefaults
 from service.api.state import Service
@@ -32,6 +31,7 @@ from service.diffusion.request import (
 from service.errors import HeadstartError, NonFiniteError
 from service.metrics import Metrics
 from service.runtime import Runtime
+from service.serve import Server, listen
 
 CARD = ModelCard(
     name="fake",
@@ -107,7 +107,7 @@ class FakeEngine:
                 self.events.append(Partial(request.id, index, row - 1, picture(request, 0)))
             if row == request.steps:
                 seed = (request.seed + index) % 2**32
-                self.events.append(Image(request.id, index, seed, picture(request, seed), row, 0, 2 * row))
+                self.events.append(Image(request.id, index, seed, picture(request, seed), row, 1, 2 * row))
         if row == request.steps:
             self.events.append(self._end(Completed(request.id, Timings(0.1, 0.2, 0.3, 0.4, 1.0))))
 
@@ -125,7 +125,7 @@ class Running:
     port: int
     engine: FakeEngine
     service: Service
-    server: uvicorn.Server
+    server: Server
 
 
 def settings(**changes: object) -> Settings:
@@ -136,8 +136,6 @@ def settings(**changes: object) -> Settings:
 @contextlib.contextmanager
 def serving(step_s: float = 0.001, load_s: float = 0.0, **changes: object) -> Iterator[Running]:
     """Serve the fake engine in a thread; ready when it yields, unless it takes `load_s` seconds to load."""
-    from service.serve import Server
-
     chosen = settings(**changes)
     engine = FakeEngine(step_s)
 
@@ -150,13 +148,12 @@ def serving(step_s: float = 0.001, load_s: float = 0.0, **changes: object) -> It
     def on_failure(error: Exception) -> None:
         raise error
 
-    app = create_app(chosen, opener, on_failure)
-    server = Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"), app.state.service)
-    thread = threading.Thread(target=server.run)
+    app = create_app(chosen, opener, lambda model: None, on_failure)
+    server = Server(app, chosen.server)
+    listener = listen(dataclasses.replace(chosen.server, port=0))
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
     running = Running(f"http://127.0.0.1:{port}", port, engine, app.state.service, server)
     try:
         while load_s == 0 and httpx.get(f"{running.url}/health/ready").status_code != 200:

@@ -1,0 +1,181 @@
+"""The `headstart` command. Heavy modules are imported by the commands that need them, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from models.errors import ModelError
+from service import commands
+from service.config import DEFAULTS, OPTIONS, Option, version
+from service.errors import HeadstartError, InputError, SetupError
+
+MAIN_HELP = """\
+Draws pictures from text.
+
+examples:
+  headstart models pull                            fetch what the default model needs
+  headstart serve                                  serve it on http://127.0.0.1:8000
+  headstart generate "a red fox" -o fox.png        draw one picture without a server
+  headstart show fox.png                           print what a picture was drawn from
+"""
+SERVE_HELP = """\
+Serves the model over HTTP until SIGTERM or Ctrl-C. A setting is taken from its flag, else from its
+HEADSTART_* variable, else from the TOML file, else it is the default.
+
+examples:
+  headstart serve --port 8001 --model ./my-sd15
+  HEADSTART_API_KEY=secret headstart serve --host 0.0.0.0
+  curl localhost:8000/generate -H 'Accept: image/png' -d '{"prompt": "a red apple"}' -o apple.png
+"""
+GENERATE_HELP = """\
+Draws pictures in this process and writes them to files that carry their settings. With --n above 1,
+`-o fox.png` writes fox-1.png, fox-2.png ... and fox.png, a contact sheet of them all.
+Files that exist are overwritten.
+
+examples:
+  headstart generate "a red fox" -o fox.png --seed 7
+  headstart generate "a red fox" -o fox.png --n 4 --sampler lcm --steps 4
+  headstart generate "a red fox" -o - --format jpeg > fox.jpg
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *ignored: Any) -> NoReturn:
+        print(f"headstart {version()}")
+        parser.exit()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit status: 0; 1, drawing failed; 2, the caller can mend it; 130, Ctrl-C; 141, stdout was closed.
+    """
+    chosen = _parser().parse_args(arguments)
+    try:
+        status: int = chosen.run(chosen)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("headstart: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would fail again
+        return 141
+    except (HeadstartError, ModelError) as error:
+        print(f"headstart: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SetupError | InputError | ModelError) else 1
+
+
+def _parser() -> Parser:
+    parser = _described(Parser(prog="headstart"), MAIN_HELP)
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(subparsers)
+    _add_generate(subparsers)
+    _add_models(subparsers)
+    _add_show(subparsers)
+    return parser
+
+
+def _described(parser: Parser, text: str) -> Parser:
+    parser.description = text
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    return parser
+
+
+def _add_serve(subparsers: Any) -> None:
+    parser = _described(subparsers.add_parser("serve", help="serve a model over HTTP"), SERVE_HELP)
+    _add_settings(parser, ("server", "model", "engine", "log"))
+    parser.set_defaults(run=commands.serve)
+
+
+def _add_generate(subparsers: Any) -> None:
+    parser = _described(subparsers.add_parser("generate", help="draw pictures without a server"), GENERATE_HELP)
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
+    picture = parser.add_argument_group("picture", "what is left out is the model's default")
+    picture.add_argument("--negative", metavar="TEXT", help="what to keep out of the picture")
+    picture.add_argument("--n", type=int, default=1, metavar="N", help="how many pictures, 1 to 8; default: 1")
+    picture.add_argument("--size", metavar="WxH", help="in pixels, such as 256x256")
+    picture.add_argument("--seed", type=int, help="of the first picture; picture i has seed + i; default: random")
+    picture.add_argument("--sampler", metavar="NAME", help="such as lcm, ddim, euler")
+    picture.add_argument("--steps", type=int, metavar="N", help="how many")
+    picture.add_argument("--guidance", type=float, metavar="SCALE", help="how closely to follow the prompt, 0 to 30")
+    picture.add_argument("--eta", type=float, help="noise of the sampler ddim, 0 to 1")
+    picture.add_argument("--class-label", type=int, metavar="N", help="for a class-conditional model")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "-o", "--output", default="headstart.png", metavar="FILE", help="- is stdout; default: %(default)s"
+    )
+    output.add_argument("--format", choices=("png", "jpeg", "webp"), help="default: by FILE's suffix")
+    output.add_argument("--quality", type=int, default=90, metavar="Q", help="of JPEG and WebP, 0 to 100; default: 90")
+    output.add_argument("--json", action="store_true", help="print on stdout what was drawn, as JSON")
+    output.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    _add_settings(parser, ("model", "log"), but=("--lora",))
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="[NAME=]FILE[:SCALE]",
+        default=[],
+        help="draw with a LoRA file, at scale 1 unless told otherwise; may be repeated",
+    )
+    parser.set_defaults(run=commands.generate)
+
+
+def _add_models(subparsers: Any) -> None:
+    parser = subparsers.add_parser("models", help="list, fetch and check the models that come with Headstart")
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, help in (
+        ("list", "the models that come with Headstart"),
+        ("pull", "fetch what a model needs and does not carry itself"),
+        ("verify", "compare a model's files with the digests of its manifest"),
+    ):
+        action = actions.add_parser(name, help=help, description=help)
+        if name != "list":
+            action.add_argument("name", nargs="?", default="default", metavar="NAME", help="default: %(default)s")
+        _add_settings(action, ("model",), only=("--cache-dir",))
+        action.set_defaults(run=commands.models, action=name)
+
+
+def _add_show(subparsers: Any) -> None:
+    help = "print the settings that a picture carries"
+    parser = subparsers.add_parser("show", help=help, description=help)
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=commands.show)
+
+
+def _add_settings(
+    parser: argparse.ArgumentParser, groups: Sequence[str], *, but: Sequence[str] = (), only: Sequence[str] = ()
+) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of settings (HEADSTART_CONFIG)")
+    for name in groups:
+        group = parser.add_argument_group(name)
+        for option in OPTIONS:
+            if option.group == name and option.flag not in but and (not only or option.flag in only):
+                _add_option(group, option)
+
+
+def _add_option(group: Any, option: Option) -> None:
+    default = getattr(getattr(DEFAULTS, option.group), option.name)
+    told = f"; default: {default}" if default not in (None, (), False) else ""
+    more: dict[str, Any] = {"metavar": option.metavar or option.name.upper()}
+    if option.key == "log.json":
+        more = {"action": "store_const", "const": "true"}
+    elif option.key == "model.loras":
+        more |= {"action": "append"}
+    group.add_argument(option.flag, dest=option.key, help=f"{option.help}{told} ({option.env})", **more)

@@ -1,0 +1,105 @@
+"""What the commands of `headstart` do. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from typing import Any
+
+from service.config import DEFAULTS, OPTIONS, LogSettings, Settings, load
+
+BEGUN = time.monotonic()
+
+
+def serve(chosen: argparse.Namespace) -> int:
+    settings = _settings(chosen)
+    from service import logs
+    from service.serve import serve
+
+    logs.setup(settings.log)
+    serve(settings, BEGUN)
+    return 0
+
+
+def generate(chosen: argparse.Namespace) -> int:
+    from service import logs, oneshot
+
+    loras = oneshot.parse_loras(chosen.lora)
+    if loras:
+        setattr(chosen, "model.loras", [f"{lora.name}={lora.file}" for lora in loras])
+    settings = _settings(chosen, Settings(log=LogSettings(level="warning")))
+    logs.setup(settings.log)
+    output = oneshot.plan_output(chosen.output, chosen.format, chosen.quality, chosen.json)
+    draft = oneshot.draft_of(chosen, loras)
+    described = oneshot.generate(settings, draft, output, quiet=chosen.quiet)
+    if chosen.json:
+        print(json.dumps(described, ensure_ascii=False, indent=2))
+    return 0
+
+
+def models(chosen: argparse.Namespace) -> int:
+    from models.bundles import registry
+
+    cache_dir = _settings(chosen).model.cache_dir
+    if chosen.action == "list":
+        for status in registry.list_bundles(cache_dir):
+            state = "ready" if status.pulled else "to be fetched: headstart models pull"
+            print(f"{status.name}  {status.manifest.name}  {status.manifest.licence}  {state}")
+    elif chosen.action == "pull":
+        with _Bars() as bars:
+            folder = registry.pull(chosen.name, cache_dir, bars.show)
+        print(f"{chosen.name}: {folder}")
+    else:
+        manifest = registry.verify(chosen.name, cache_dir)
+        print(f"{chosen.name}: {len(manifest.files)} files are as they should be")
+    return 0
+
+
+def show(chosen: argparse.Namespace) -> int:
+    from service.pictures import read_recipe
+
+    recipe = read_recipe(chosen.file)
+    if chosen.json:
+        fields = {"prompt": recipe.prompt, "negative_prompt": recipe.negative_prompt, "parameters": recipe.parameters}
+        print(json.dumps(fields, ensure_ascii=False, indent=2))
+        return 0
+    print(f"Prompt: {recipe.prompt}")
+    if recipe.negative_prompt:
+        print(f"Negative prompt: {recipe.negative_prompt}")
+    for key, value in recipe.parameters.items():
+        print(f"{key}: {value}")
+    return 0
+
+
+def _settings(chosen: argparse.Namespace, defaults: Settings = DEFAULTS) -> Settings:
+    given = {option.flag: getattr(chosen, option.key, None) for option in OPTIONS}
+    flags = {
+        flag: ",".join(value) if isinstance(value, list) else value
+        for flag, value in given.items()
+        if value is not None
+    }
+    return load(flags, os.environ, chosen.config, defaults)
+
+
+class _Bars:
+    """A progress bar for each file that is fetched."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, Any] = {}
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        for bar in self._bars.values():
+            bar.close()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if what not in self._bars:
+            self._bars[what] = tqdm(desc=what, total=total, unit="B", unit_scale=True)
+        bar = self._bars[what]
+        bar.update(done - bar.n)

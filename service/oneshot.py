@@ -1,0 +1,213 @@
+"""`headstart generate`: the service's own admission and engine, without HTTP, from the command line to files."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+from tqdm import tqdm
+
+from service.config import Settings
+from service.diffusion.request import Completed, Draft, Failed, Image, ImageRequest, Progress, Timings
+from service.errors import CancelledError, InputError, SetupError, invalid
+from service.pictures import SUFFIXES, contact_sheet, encode
+from service.recipe import Recipe, recipe_of
+
+if TYPE_CHECKING:
+    from service.runtime import Runtime
+
+# Where a field of the HTTP interface has another name on the command line.
+FLAGS = {
+    "negative_prompt": "--negative",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "width": "--size: width",
+    "height": "--size: height",
+}
+
+
+class Lora(NamedTuple):
+    name: str
+    file: str
+    scale: float
+
+
+class Output(NamedTuple):
+    """Where the pictures go. path None: one file on stdout."""
+
+    path: Path | None
+    format: str
+    quality: int
+
+    def numbered(self, number: int) -> Path:
+        """fox.png -> fox-1.png"""
+        assert self.path is not None
+        return self.path.with_name(f"{self.path.stem}-{number}{self.path.suffix}")
+
+    def write(self, path: Path | None, data: bytes) -> None:
+        if path is None:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+            return
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise SetupError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def plan_output(output: str, format: str | None, quality: int, described: bool) -> Output:
+    """Check where to write before anything is drawn. Raises SetupError."""
+    if not 0 <= quality <= 100:
+        raise SetupError(f"--quality: {quality} is not allowed; an integer from 0 to 100")
+    if output == "-":
+        if described:
+            raise SetupError("--json and -o - would both write to stdout; name a file")
+        return Output(None, format or "png", quality)
+    path = Path(output)
+    chosen = format or SUFFIXES.get(path.suffix.lower())
+    if chosen is None:
+        raise SetupError(f"-o: {output!r} is not allowed; a name ending in {', '.join(SUFFIXES)}, or give --format")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "is a folder" if path.is_dir() else "no such folder" if not path.parent.is_dir() else "not permitted"
+        raise SetupError(f"-o: {output}: cannot be written: {reason}")
+    return Output(path, chosen, quality)
+
+
+def parse_loras(texts: Sequence[str]) -> list[Lora]:
+    """[NAME=]FILE[:SCALE], the name being the file's where it is left out. Raises SetupError."""
+    loras = []
+    for text in texts:
+        match = re.fullmatch(r"(?:([\w.-]+)=)?(.+?)(?::(-?\d+(?:\.\d+)?))?", text)
+        if match is None:
+            raise SetupError(f"--lora: {text!r} is not allowed; [NAME=]FILE[:SCALE]")
+        name = match[1] or re.sub(r"[^\w.-]", "-", Path(match[2]).stem)
+        loras.append(Lora(name, match[2], float(match[3] or 1)))
+    return loras
+
+
+def draft_of(chosen: argparse.Namespace, loras: Sequence[Lora]) -> Draft:
+    """What the flags ask for. Raises InputError for a size that is none."""
+    width = height = None
+    if chosen.size is not None:
+        sides = re.fullmatch(r"(\d{1,6})x(\d{1,6})", chosen.size)
+        if sides is None:
+            raise invalid("--size", chosen.size, "WIDTHxHEIGHT, such as 256x256")
+        width, height = int(sides[1]), int(sides[2])
+    return Draft(
+        prompt=chosen.prompt,
+        negative_prompt=chosen.negative,
+        n=chosen.n,
+        width=width,
+        height=height,
+        num_inference_steps=chosen.steps,
+        guidance_scale=chosen.guidance,
+        sampler=chosen.sampler,
+        eta=chosen.eta,
+        seed=chosen.seed,
+        class_label=chosen.class_label,
+        loras=tuple((lora.name, lora.scale) for lora in loras),
+    )
+
+
+def generate(settings: Settings, draft: Draft, output: Output, *, quiet: bool) -> dict[str, Any]:
+    """Draw and write; what was drawn, fit for JSON.
+
+    Raises:
+        ModelError, InputError, SetupError: the caller can mend it.
+        HeadstartError: drawing failed.
+    """
+    say(f"loading {settings.model.model}", quiet)
+    from service.runtime import open_runtime  # seconds, for torch
+
+    runtime = open_runtime(settings)
+    try:
+        request = runtime.resolve(draft)
+    except InputError as error:
+        field = error.param or ""
+        flag = FLAGS.get(field, f"--{field.replace('_', '-')}" if field != "prompt" else "PROMPT")
+        raise SetupError(flag + error.message.removeprefix(field)) from None
+    images, timings = asyncio.run(_draw(runtime, request, quiet))
+    files = _write(request, images, runtime.card.name, output)
+    for file, image in zip(files, images, strict=False):
+        say(f"{file}: seed {image.seed}, {image.steps_run} steps, {timings.total_s:.1f} s", quiet)
+    return _described(request, runtime.card.name, images, files, timings)
+
+
+def say(line: str, quiet: bool) -> None:
+    if not quiet:
+        print(line, file=sys.stderr)
+
+
+async def _draw(runtime: Runtime, request: ImageRequest, quiet: bool) -> tuple[list[Image], Timings]:
+    runtime.bridge.start()
+    images: list[Image] = []
+    done = dict.fromkeys(range(request.n), 0)
+    try:
+        with tqdm(total=request.n * request.steps, unit="step", leave=False, disable=quiet or None) as bar:
+            async for event in runtime.bridge.submit(request):
+                if isinstance(event, Progress):
+                    done[event.index] = event.step
+                    bar.update(sum(done.values()) - bar.n)
+                elif isinstance(event, Image):
+                    images.append(event)
+                elif isinstance(event, Failed):
+                    raise event.error
+                elif isinstance(event, Completed):
+                    return sorted(images, key=lambda image: image.index), event.timings
+        raise CancelledError("the request was cancelled")
+    finally:
+        await runtime.bridge.close(0)
+
+
+def _write(request: ImageRequest, images: Sequence[Image], model: str, output: Output) -> list[Path]:
+    """The files written; the contact sheet, when there is one, is the last."""
+    pixels = [cast(np.ndarray, image.pixels) for image in images]
+    recipes = [recipe_of(request, image.seed, model) for image in images]
+    if len(images) == 1:
+        output.write(output.path, encode(pixels[0], output.format, output.quality, recipes[0]))
+        return [output.path] if output.path is not None else []
+    files = []
+    if output.path is not None:
+        for number, (picture, recipe) in enumerate(zip(pixels, recipes, strict=True), start=1):
+            files.append(output.numbered(number))
+            output.write(files[-1], encode(picture, output.format, output.quality, recipe))
+        files.append(output.path)
+    sheet_recipe = Recipe(
+        recipes[0].prompt, recipes[0].negative_prompt, recipes[0].parameters | {"Pictures": str(len(images))}
+    )
+    output.write(output.path, encode(contact_sheet(pixels), output.format, output.quality, sheet_recipe))
+    return files
+
+
+def _described(
+    request: ImageRequest, model: str, images: Sequence[Image], files: Sequence[Path], timings: Timings
+) -> dict[str, Any]:
+    return {
+        "id": request.id,
+        "model": model,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "size": f"{request.width}x{request.height}",
+        "sampler": request.sampler,
+        "guidance_scale": request.guidance_scale,
+        "images": [
+            {
+                "file": str(file),
+                "seed": image.seed,
+                "steps_run": image.steps_run,
+                "steps_skipped": image.steps_skipped,
+                "evaluations": image.evaluations,
+            }
+            for file, image in zip(files, images, strict=False)
+        ],
+        "contact_sheet": str(files[-1]) if len(images) > 1 else None,
+        "timings": dataclasses.asdict(timings),
+    }
