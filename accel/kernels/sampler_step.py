@@ -22,8 +22,8 @@ def sampler_step(
 ) -> None:
     """Advance the pictures of a batch by one row of their plans, in place.
 
-    Where c = 0 `previous` is not read, so that what an earlier owner left in the slot does no harm; where s = 0 no noise
-    is drawn.
+    Where c = 0 `previous` is not read, so what an earlier owner left in the slot does no harm; where s = 0 no noise is
+    drawn.
 
     Args:
         x, previous: [S, C, h, w] float32, contiguous, the latent slots of one resolution; written at `slots`.

@@ -1,5 +1,8 @@
 """The fused update of one sampling step on a GPU: one pass over memory, noise made in registers, no waiting."""
 
+# Triton's functions take tensors and pointers that Python's types do not describe.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 import torch
@@ -93,7 +96,7 @@ def _philox(c0, c1, k0):
     """Philox-4x32-10 with counter (c0, c1, 0, 0) and key (k0, 0), all uint32."""
     c2 = tl.zeros_like(c0)
     c3 = tl.zeros_like(c0)
-    k1 = tl.zeros_like(k0)
+    k1 = k0 ^ k0
     for _ in tl.static_range(10):
         high0 = tl.umulhi(c0, 0xD2511F53)
         high1 = tl.umulhi(c2, 0xCD9E8D57)

@@ -23,6 +23,7 @@ from accel.samplers.schedules import (
     Array,
     ConsistencySchedule,
     NoiseSchedule,
+    in_float32,
     karras_sigmas,
     spaced_timesteps,
 )
@@ -230,8 +231,8 @@ def _euler_grid(schedule: NoiseSchedule, steps: int, spacing: str, karras: bool)
     sigmas = schedule.sigmas_at(timesteps)
     if karras:
         sigmas = karras_sigmas(sigmas[0], sigmas[-1], np.linspace(0, 1, steps))
-        timesteps = schedule.timesteps_of(sigmas).astype(np.float32).astype(np.float64)
-    return timesteps, np.append(sigmas, 0.0)
+        timesteps = in_float32(schedule.timesteps_of(sigmas))
+    return timesteps, in_float32(np.append(sigmas, 0.0))
 
 
 def _euler_init_scale(spacing: str, noises: Array) -> float:
@@ -247,7 +248,7 @@ def _dpm_grid(schedule: NoiseSchedule, steps: int, spacing: str, karras: bool) -
         sigmas = karras_sigmas(float(schedule.sigmas[-1]), float(schedule.sigmas[0]), np.linspace(0, 1, steps))
         timesteps = schedule.timesteps_of(sigmas)
         timesteps = np.floor(timesteps) if schedule.beta_schedule == "squaredcos_cap_v2" else np.round(timesteps)
-    return timesteps, np.append(sigmas, 0.0)
+    return timesteps, in_float32(np.append(sigmas, 0.0))
 
 
 def _alphas_and_noises(sigmas: Array) -> tuple[Array, Array]:

@@ -124,15 +124,15 @@ class NoiseSchedule:
     @cached_property
     def sigmas(self) -> npt.NDArray[np.float32]:
         """[T] noise-to-signal ratios, finite: zero terminal SNR is kept 2^-24 away, as Euler and DPM++ do."""
-        alphas_cumprod = self.alphas_cumprod.astype(np.float32)
+        alphas_cumprod = torch.tensor(self.alphas_cumprod, dtype=torch.float32)
         if alphas_cumprod[-1] == 0:
             alphas_cumprod[-1] = SMALLEST_ALPHA_CUMPROD
-        return np.asarray(np.sqrt((1 - alphas_cumprod) / alphas_cumprod), dtype=np.float32)
+        # torch's square root, not NumPy's: they differ in the last digit.
+        return np.asarray((((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).numpy())
 
     def sigmas_at(self, timesteps: Array) -> Array:
         """Sigmas at fractional timesteps, linear in sigma between neighbours."""
-        sigmas = np.interp(timesteps, np.arange(len(self)), self.sigmas)
-        return sigmas.astype(np.float32).astype(np.float64)
+        return np.interp(timesteps, np.arange(len(self)), self.sigmas)
 
     def timesteps_of(self, sigmas: Array) -> Array:
         """Fractional timesteps of sigmas, linear in log sigma between neighbours."""
@@ -254,7 +254,7 @@ def spaced_timesteps(
         timesteps = np.round(np.arange(total, 0, -total / steps))[:steps] - 1
     else:
         timesteps = np.linspace(0, total - 1, count)[::-1]
-        timesteps = np.round(timesteps) if rounded else timesteps.astype(np.float32).astype(np.float64)
+        timesteps = np.round(timesteps) if rounded else in_float32(timesteps)
     if timesteps[0] > total - 1:
         raise ValueError(
             f"steps: {steps} with steps_offset {schedule.steps_offset} reaches timestep {timesteps[0]:.0f}; "
@@ -267,6 +267,11 @@ def karras_sigmas(sigma_max: float, sigma_min: float, ramp: Array, rho: float = 
     """Noise levels at positions `ramp`, 0 for sigma_max and 1 for sigma_min. Karras et al. 2022, equation 5."""
     largest, smallest = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return np.asarray((largest + ramp * (smallest - largest)) ** rho, dtype=np.float64)
+
+
+def in_float32(values: Array) -> Array:
+    """Round to float32's digits, where schedulers keep a table in float32."""
+    return values.astype(np.float32).astype(np.float64)
 
 
 def _betas(beta_schedule: str, start: float, end: float, total: int) -> torch.Tensor:
