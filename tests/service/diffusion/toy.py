@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -43,10 +42,13 @@ CARD = ModelCard(
 class ToyModel:
     """Implements DiffusionModel.
 
-    evaluations: rows that the networks have seen, a guided row counted twice.
-    fit: rows above which a call runs out of memory.
+    A prompt that starts with "poison" makes its latents NaN.
+
+    evaluations: network rows run, a guided row counted twice; calls: the same for each call.
+    encoded, decoded: batch sizes.
+    fit, decode_fit: network rows or pictures above which a call runs out of memory.
+    unencodable: prompts that the text encoder fails on.
     on_call: called with (network, conditions) before each evaluation; may block or raise.
-    poison: prompts whose latents become NaN.
     """
 
     def __init__(self, card: ModelCard = CARD) -> None:
@@ -62,11 +64,9 @@ class ToyModel:
         self.decoded: list[int] = []
         self.fit: int | None = None
         self.decode_fit: int | None = None
-        self.poison: set[str] = set()
         self.unencodable: set[str] = set()
         self.undecodable = False
         self.on_call: Callable[[str, Sequence[Condition]], None] = lambda network, conditions: None
-        self.gate = threading.Event()  # tests that block wait on it
         self.loras: tuple[tuple[str, float], ...] = ()
         self._networks = {"base": ToyDenoiser(self, "base", 1.0), "student": ToyDenoiser(self, "student", 0.7)}
 
@@ -118,9 +118,9 @@ class ToyDenoiser:
         model.calls.append(rows)
         shift = sum(scale * (index + 1) for index, (_, scale) in enumerate(model.loras))
         # Row by row, so that a row's rounding does not depend on its neighbours.
-        return torch.stack([
-            self._row(x[i], t[i], alpha[i], condition, shift) for i, condition in enumerate(conditions)
-        ])
+        return torch.stack(
+            [self._row(x[i], t[i], alpha[i], condition, shift) for i, condition in enumerate(conditions)]
+        )
 
     def _row(
         self, x: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor, condition: Condition, shift: float
@@ -148,8 +148,17 @@ def _states(prompt: str) -> TextStates:
 
 def request(id: str = "a", **changes: object) -> ImageRequest:
     plain = ImageRequest(
-        id=id, prompt=f"a picture of {id}", negative_prompt="", n=1, width=64, height=64, steps=5, guidance_scale=1.0,
-        sampler="ddim", eta=0.0, seed=7,
+        id=id,
+        prompt=f"a picture of {id}",
+        negative_prompt="",
+        n=1,
+        width=64,
+        height=64,
+        steps=5,
+        guidance_scale=1.0,
+        sampler="ddim",
+        eta=0.0,
+        seed=7,
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
