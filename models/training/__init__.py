@@ -1,0 +1,1 @@
+"""The recipe that makes the default bundle: data, VAE, teacher, LCM student, judge, export."""

@@ -1,0 +1,89 @@
+"""torch.compile with a way out: a graph that fails to compile runs eagerly, and says so loudly.
+
+Compiling the UNet takes minutes. A rehearsal (a short run beside the real one) compiles each graph first into the
+shared inductor cache and leaves a marker file; the real run waits for the marker and then loads from the cache.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.training.distributed import Ranks
+
+LEAVE_MARKERS = "HEADSTART_LEAVE_MARKERS"
+AWAIT_MARKERS = "HEADSTART_AWAIT_MARKERS"
+OVER = "over"
+_PATIENCE = 300.0
+
+
+def enabled(ranks: Ranks) -> bool:
+    """Compiling pays on GPUs only; HEADSTART_COMPILE=0 turns it off."""
+    return ranks.cuda and os.environ.get("HEADSTART_COMPILE", "1") != "0"
+
+
+class Compiled:
+    """A function compiled for fixed shapes. With `backward`, calling it also runs its first result's backward.
+
+    `shared`: a rehearsal compiles this graph too; if not, it runs eagerly there.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], name: str, ranks: Ranks, *, backward: bool = False,
+        clear: Callable[[], None] | None = None, shared: bool = True,
+    ) -> None:
+        rehearsal = LEAVE_MARKERS in os.environ
+        compiles = enabled(ranks) and (shared or not rehearsal)
+        self._eager = function
+        self._function = torch.compile(function, dynamic=False) if compiles else function
+        self._name = name
+        self._ranks = ranks
+        self._backward = backward
+        self._clear = clear
+        self._shared = shared
+        self._proven = not compiles
+
+    def _run(self, *arguments: torch.Tensor) -> Any:
+        result = self._function(*arguments)
+        if self._backward:
+            result[0].backward()
+        return result
+
+    def __call__(self, *arguments: torch.Tensor) -> Any:
+        return self._run(*arguments) if self._proven else self._first(*arguments)
+
+    def _first(self, *arguments: torch.Tensor) -> Any:
+        """The first call, which compiles."""
+        if self._shared:
+            self._await_marker()
+        began = time.time()
+        try:
+            result = self._run(*arguments)
+            torch.cuda.synchronize()
+        except Exception as error:  # whatever the compiler raises, eager still trains
+            self._ranks.warn(f"compiling '{self._name}' failed, running it EAGERLY: {type(error).__name__}: "
+                             f"{str(error)[:2000]}")
+            self._function = self._eager
+            if self._clear is not None:
+                self._clear()
+            result = self._run(*arguments)
+        self._proven = True
+        self._ranks.log(f"compiled '{self._name}' in {time.time() - began:.0f} s")
+        if LEAVE_MARKERS in os.environ:
+            (Path(os.environ[LEAVE_MARKERS]) / self._name).touch()
+        return result
+
+    def _await_marker(self) -> None:
+        """Wait until the rehearsal has compiled this graph, is over, or has taken too long."""
+        if AWAIT_MARKERS not in os.environ:
+            return
+        folder, began = Path(os.environ[AWAIT_MARKERS]), time.time()
+        while not ((folder / self._name).exists() or (folder / OVER).exists()):
+            if time.time() - began > _PATIENCE:
+                self._ranks.warn(f"the rehearsal has not compiled '{self._name}' in {_PATIENCE:.0f} s; compiling it here")
+                return
+            time.sleep(0.5)
+        self._ranks.log(f"waited {time.time() - began:.0f} s for the rehearsal to compile '{self._name}'")

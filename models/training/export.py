@@ -1,0 +1,144 @@
+"""Export: diffusers folders in float16, sharded, and the archives in which they travel."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, UNet2DConditionModel
+from torch import nn
+
+from models.training.distributed import Ranks
+from models.training.networks import build_unet, build_vae
+from models.training.sampling import ORIGINAL_STEPS, guidance_embedding
+from models.training.schedule import BETA_END, BETA_START, STEPS
+from models.training.settings import Preset
+from models.training.text import LENGTH
+
+SHARD = "15MB"
+_PIECE = 31 * 2**19  # 15.5 MiB, under the 16 MiB that one file may have
+_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": STEPS,
+    "beta_start": BETA_START,
+    "beta_end": BETA_END,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+}
+
+
+def teacher_scheduler() -> DDIMScheduler:
+    """DDIM as the teacher was trained for."""
+    return DDIMScheduler(**_SCHEDULE, timestep_spacing="trailing", steps_offset=0)
+
+
+def student_scheduler() -> LCMScheduler:
+    """LCM as the student was distilled for."""
+    return LCMScheduler(**_SCHEDULE, original_inference_steps=ORIGINAL_STEPS, timestep_scaling=10.0)
+
+
+@torch.no_grad()
+def _output(unet: UNet2DConditionModel, preset: Preset, text_width: int, device: torch.device) -> torch.Tensor:
+    """The UNet's answer to fixed random inputs, float32."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, unet.dtype)
+
+    noisy, states = random(4, 4, preset.latent, preset.latent), random(4, LENGTH, text_width)
+    omega = torch.linspace(0, 6, 4, device=device)
+    guidance = guidance_embedding(omega, preset.guidance_width).to(unet.dtype) if unet.config.time_cond_proj_dim else None
+    timestep = torch.tensor([999, 700, 300, 20], device=device)
+    output: torch.Tensor = unet(noisy, timestep, states, timestep_cond=guidance, return_dict=False)[0].float()
+    return output
+
+
+def _halved(network: nn.Module) -> int:
+    """Round weights to float16 in place; returns how many became non-finite (should be 0)."""
+    network.half()
+    return sum(int((~parameter.isfinite()).sum()) for parameter in network.parameters())
+
+
+def export_unet(
+    weights: dict[str, Any], folder: Path, preset: Preset, text_width: int, ranks: Ranks, *, guided: bool
+) -> dict[str, float]:
+    """Write the UNet; returns the relative errors that float16 weights, and float16 arithmetic, bring."""
+    unet = build_unet(preset, text_width, guided=guided).to(ranks.device).eval()
+    unet.load_state_dict(weights)
+    exact = _output(unet, preset, text_width, ranks.device)
+    bad = _halved(unet)
+    figures: dict[str, float] = {"non_finite_weights": float(bad)}
+    if ranks.cuda:
+        half = _output(unet, preset, text_width, ranks.device)
+        figures["float16_arithmetic_error"] = float((half - exact).norm() / exact.norm())
+    unet.cpu().save_pretrained(folder, max_shard_size=SHARD)
+    rounded = _output(unet.to(ranks.device).float(), preset, text_width, ranks.device)
+    figures["float16_weights_error"] = float((rounded - exact).norm() / exact.norm())
+    return figures
+
+
+def export_vae(weights: dict[str, Any], folder: Path, preset: Preset, ranks: Ranks) -> dict[str, float]:
+    """Write the VAE; returns the relative error of decoding in float16 (as float32 where there is no GPU)."""
+    vae: AutoencoderKL = build_vae(preset).to(ranks.device).eval()
+    vae.load_state_dict(weights)
+    latents = torch.randn(4, 4, preset.latent, preset.latent, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = vae.decode(latents.to(ranks.device)).sample
+        bad = _halved(vae)
+        vae.cpu().save_pretrained(folder, max_shard_size=SHARD)
+        dtype = torch.float16 if ranks.cuda else torch.float32
+        half = vae.to(ranks.device, dtype).decode(latents.to(ranks.device, dtype)).sample.float()
+    return {"non_finite_weights": float(bad), "float16_error": float((half - exact).norm() / exact.norm())}
+
+
+def export_bundle(
+    folder: Path, preset: Preset, text_width: int, vae: dict[str, Any], teacher: dict[str, Any],
+    student: dict[str, Any], ranks: Ranks,
+) -> dict[str, dict[str, float]]:
+    """Write unet/, unet_lcm/, vae/, scheduler/ and scheduler_lcm/ under `folder`."""
+    figures = {
+        "unet": export_unet(teacher, folder / "unet", preset, text_width, ranks, guided=False),
+        "unet_lcm": export_unet(student, folder / "unet_lcm", preset, text_width, ranks, guided=True),
+        "vae": export_vae(vae, folder / "vae", preset, ranks),
+    }
+    teacher_scheduler().save_pretrained(folder / "scheduler")
+    student_scheduler().save_pretrained(folder / "scheduler_lcm")
+    for part, row in figures.items():
+        ranks.log(f"export {part}:", row)
+    return figures
+
+
+def _pieces(folder: Path, name: str, members: list[Path], root: Path) -> None:
+    """A tar of `members` (paths relative to `root`) as `folder`/`name`.tar.00, .01, …"""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for member in members:
+            tar.add(member, arcname=str(member.relative_to(root)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"{name}.tar.*"):
+        old.unlink()
+    data = buffer.getvalue()
+    for number, start in enumerate(range(0, len(data), _PIECE)):
+        (folder / f"{name}.tar.{number:02d}").write_bytes(data[start : start + _PIECE])
+
+
+def pack(out: Path) -> None:
+    """Archives under `out`/packs/{teacher,lcm,rest}: each at most a few pieces, to be fetched one group at a time."""
+    bundle = out / "bundle"
+    groups = {
+        "teacher": [bundle / "unet"],
+        "lcm": [bundle / "unet_lcm"],
+        "rest": [bundle / "vae", bundle / "scheduler", bundle / "scheduler_lcm", out / "metrics.json", out / "sheets"],
+    }
+    for name, members in groups.items():
+        _pieces(out / "packs" / name, name, [member for member in members if member.exists()], out)
+
+
+def write_metrics(path: Path, values: dict[str, Any]) -> None:
+    """Merge `values` into the JSON object at `path`."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(old | values, indent=1) + "\n", encoding="utf-8")

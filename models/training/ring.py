@@ -1,0 +1,44 @@
+"""A ring of latents and text states, refilled as training goes, so that composing and encoding cost little."""
+
+import torch
+
+from models.training.captions import CaptionWriter
+from models.training.compiled import Compiled
+from models.training.networks import LATENT_CHANNELS
+from models.training.scenes import Stage
+from models.training.settings import Preset
+from models.training.text import LENGTH, TextTower
+
+
+class Ring:
+    """Holds `preset.ring` examples on the device; old ones are overwritten by fresh scenes."""
+
+    def __init__(
+        self, preset: Preset, stage: Stage, writer: CaptionWriter, tower: TextTower, encode: Compiled,
+        dtype: torch.dtype,
+    ) -> None:
+        self._stage, self._writer, self._tower, self._encode = stage, writer, tower, encode
+        self._refill = preset.refill
+        side, size = preset.latent, preset.ring
+        self._latents = torch.empty(size, LATENT_CHANNELS, side, side, dtype=dtype, device=stage.device)
+        self._states = torch.empty(size, LENGTH, tower.width, dtype=dtype, device=stage.device)
+        self._next = self._filled = 0
+        while self._filled < preset.ring_start:
+            self.refill()
+
+    @torch.no_grad()
+    def refill(self) -> None:
+        """Compose, caption and encode the next `preset.refill` scenes."""
+        count = self._refill
+        scenes = self._stage.sample(count)
+        mean, log_variance = self._encode(self._stage.compose(scenes))
+        start = self._next if self._next + count <= len(self._latents) else 0
+        self._latents[start : start + count] = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        self._states[start : start + count] = self._tower.encode(self._writer.write(scenes))
+        self._next = start + count
+        self._filled = max(self._filled, self._next)
+
+    def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random latents, float32 [B, 4, h, h], and text states [B, LENGTH, width]."""
+        rows = torch.randint(0, self._filled, (count,), device=self._latents.device)
+        return self._latents[rows].float(), self._states[rows]

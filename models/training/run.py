@@ -1,0 +1,162 @@
+"""The whole recipe, one command:  python -m models.training.run --data .data --out out/bundle-v1 --ranks 4
+
+It starts one process a rank, and every stage saves its progress and resumes. `--miniature` does it all on the CPU in
+under two minutes; `--smoke` runs every stage at full size for seconds; `--rehearse` runs a smoke beside the real run,
+so that later stages' faults show while the VAE still trains and their graphs are compiled before they are needed.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from models.training.compiled import AWAIT_MARKERS, LEAVE_MARKERS, OVER
+from models.training.distributed import join, leave
+from models.training.settings import FULL, MINIATURE, Budgets
+
+STAGES = ("sprites", "vae", "teacher", "lcm", "judge", "eval", "export")
+_FULL_SECONDS = Budgets(vae=220, teacher=520, lcm=140, judge=35)
+_SMOKE_SECONDS = Budgets(vae=5, teacher=5, lcm=5, judge=5)
+_MINIATURE_SECONDS = Budgets(vae=8, teacher=8, lcm=4, judge=2)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", default="all", choices=("all", "carry", *STAGES))
+    parser.add_argument("--data", type=Path, default=Path(".data"), help="sprites, text tower and their sources")
+    parser.add_argument("--out", type=Path, default=Path("out/training"))
+    parser.add_argument("--ranks", type=int, default=0, help="processes; 0 means one a GPU, or one without GPUs")
+    for stage in ("vae", "teacher", "lcm", "judge"):
+        parser.add_argument(f"--{stage}-seconds", type=float, help=f"training time of the {stage}")
+    parser.add_argument("--eval-prompts", type=int, help="prompts of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--miniature", action="store_true", help="tiny sizes on drawn shapes, for the CPU")
+    parser.add_argument("--smoke", action="store_true", help="seconds a stage, full sizes")
+    parser.add_argument("--rehearse", action="store_true", help="run a smoke beside the real run, on the last GPU")
+    parser.add_argument("--batch-of", type=int, default=1, help="train with one rank's share of a run of this many ranks")
+    return parser.parse_args(arguments)
+
+
+def budgets(args: argparse.Namespace) -> Budgets:
+    """Seconds a stage: the preset's, unless given."""
+    usual = _MINIATURE_SECONDS if args.miniature else _SMOKE_SECONDS if args.smoke else _FULL_SECONDS
+    given = {name: getattr(args, f"{name}_seconds") for name in ("vae", "teacher", "lcm", "judge")}
+    return replace(usual, **{name: value for name, value in given.items() if value is not None})
+
+
+def work(args: argparse.Namespace) -> None:
+    """One rank's whole run."""
+    from diffusers.utils import logging  # heavy imports, needed by workers only
+
+    from models.training.pipeline import Run
+
+    logging.set_verbosity_error()
+
+    ranks = join(float(os.environ.get("STARTED", time.time())))
+    preset = replace(MINIATURE if args.miniature else FULL, seed=args.seed).for_one_of(args.batch_of)
+    prompts = args.eval_prompts or (8 if args.miniature else 16 if args.smoke else 512)
+    stages = STAGES if args.stage == "all" else (args.stage,)
+    try:
+        run = Run(preset, budgets(args), args.data, args.out, ranks)
+        for stage in stages:
+            run.stage(stage, prompts)
+        ranks.log("end")
+    finally:
+        leave()
+
+
+def _start(arguments: list[str], environment: dict[str, str], log: Path | None = None) -> subprocess.Popen[bytes]:
+    """One process of this program."""
+    command = [sys.executable, "-m", "models.training.run", *arguments]
+    if log is None:
+        return subprocess.Popen(command, env=environment)
+    with log.open("wb") as sink:
+        return subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+
+
+def _rehearsal(args: argparse.Namespace, ranks: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A smoke on the last GPU, in its own folder, with one rank's batch; it marks the graphs it has compiled."""
+    folder, markers = args.out / "rehearsal", Path(environment[AWAIT_MARKERS])
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = ["--smoke", "--ranks", "1", "--batch-of", str(ranks), "--data", str(args.data), "--out", str(folder)]
+    arguments += ["--miniature"] if args.miniature else []
+    own = {key: value for key, value in environment.items() if key != AWAIT_MARKERS}
+    own |= {LEAVE_MARKERS: str(markers), "RANK": "0", "RANKS": "1", "CUDA_VISIBLE_DEVICES": str(ranks - 1)}
+    return _start(arguments, own, folder / "log.txt")
+
+
+def launch(args: argparse.Namespace, ranks: int) -> int:
+    """Start every rank, wait; if one fails, end the others. Returns the exit status."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ, STARTED=str(time.time()), PYTHONUNBUFFERED="1")
+    environment.setdefault("NCCL_NVLS_ENABLE", "0")
+    environment.setdefault("OMP_NUM_THREADS", "4" if torch.cuda.is_available() else "1")
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "headstart-inductor"))
+    environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8")
+    with tempfile.TemporaryDirectory() as scratch:
+        rehearsal = None
+        if args.rehearse:
+            environment[AWAIT_MARKERS] = str(Path(scratch) / "markers")
+            Path(environment[AWAIT_MARKERS]).mkdir()
+            rehearsal = _rehearsal(args, ranks, environment)
+        workers = []
+        for rank in range(ranks):
+            own = environment | {"RANK": str(rank), "RANKS": str(ranks), "RENDEZVOUS": str(Path(scratch) / "store")}
+            if torch.cuda.is_available():
+                own["CUDA_VISIBLE_DEVICES"] = str(rank)
+            workers.append(_start(sys.argv[1:], own))
+        status = _wait(workers, rehearsal, environment)
+        if rehearsal is not None and rehearsal.poll() is None:
+            rehearsal.terminate()
+            rehearsal.wait()
+        return status
+
+
+def _wait(
+    workers: list[subprocess.Popen[bytes]], rehearsal: subprocess.Popen[bytes] | None, environment: dict[str, str]
+) -> int:
+    """Exit status of the workers; reports how the rehearsal ended."""
+    while True:
+        codes = [worker.poll() for worker in workers]
+        if rehearsal is not None and rehearsal.poll() is not None:
+            marker = Path(environment[AWAIT_MARKERS]) / OVER
+            if not marker.exists():
+                marker.touch()
+                verdict = "passed" if rehearsal.returncode == 0 else f"FAILED with {rehearsal.returncode}: see its log.txt"
+                print(f"[{time.time() - float(environment['STARTED']):7.1f}s] rehearsal {verdict}", flush=True)
+        if all(code is not None for code in codes):
+            return max(abs(code or 0) for code in codes)
+        if any(code not in (None, 0) for code in codes):
+            time.sleep(5)
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.kill()
+            return 1
+        time.sleep(0.3)
+
+
+def main() -> int:
+    args = parse()
+    if args.stage == "carry":
+        from models.training.carry import make_carry
+
+        make_carry(args.data)
+        return 0
+    if "RANK" in os.environ:
+        work(args)
+        return 0
+    ranks = args.ranks or max(1, torch.cuda.device_count())
+    if ranks == 1 and not args.rehearse:
+        work(args)
+        return 0
+    return launch(args, ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The teacher: a v-prediction text-to-image UNet with classifier-free guidance (Ho & Salimans 2022)."""
+
+import math
+import time
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from models.training.checkpoints import Checkpoints
+from models.training.compiled import Compiled
+from models.training.distributed import Clock, Ranks
+from models.training.flat import FlatOptimizer
+from models.training.networks import build_unet, millions
+from models.training.ring import Ring
+from models.training.schedule import STEPS, alphas_cumprod, noised, velocity
+from models.training.settings import Preset
+
+_NO_CAPTION = 0.1
+_DECAY_FROM = 0.55  # share of the time after which the learning rate falls to zero
+
+
+class TeacherLoss(nn.Module):
+    """Mean squared error of the predicted velocity."""
+
+    def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.unet = unet
+        self.dtype = dtype
+
+    def forward(
+        self, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor,
+        alpha: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss, loss of each row [B]); latents and noise [B, 4, h, h], timestep and alpha [B], states [B, L, D]."""
+        noisy = noised(latents, noise, alpha).to(self.dtype).contiguous(memory_format=torch.channels_last)
+        output = self.unet(noisy, timestep, states, return_dict=False)[0].float()
+        rows = (output - velocity(latents, noise, alpha)).square().mean((1, 2, 3))
+        return rows.mean(), rows.detach()
+
+
+def make_step(preset: Preset, ranks: Ranks, text_width: int) -> tuple[UNet2DConditionModel, FlatOptimizer, Compiled]:
+    """The teacher, its optimiser, and its compiled forward-and-backward."""
+    torch.manual_seed(preset.seed + 5)
+    unet = build_unet(preset, text_width, guided=False).to(ranks.device)
+    optimizer = FlatOptimizer(unet, ranks, decay=0.01, average=0.9995)
+    step = Compiled(TeacherLoss(unet, ranks.dtype), "teacher", ranks, backward=True, clear=optimizer.clear)
+    return unet, optimizer, step
+
+
+def learning_rate(peak: float, step: int, warm_up: int, progress: float) -> float:
+    """Linear warm-up over steps, a plateau, then a linear fall to zero over time."""
+    fall = min(1.0, (1 - min(1.0, progress)) / (1 - _DECAY_FROM))
+    return peak * min(1.0, (step + 1) / warm_up) * max(0.002, fall)
+
+
+def train_teacher(
+    preset: Preset, ring: Ring, null: torch.Tensor, ranks: Ranks, checkpoints: Checkpoints, seconds: float
+) -> dict[str, Any]:
+    """Train for `seconds`; the finished checkpoint holds the averaged float32 weights.
+
+    `null`: text states [1, LENGTH, width] of the empty prompt.
+    """
+    unet, optimizer, step = make_step(preset, ranks, null.shape[-1])
+    ranks.log(f"teacher: {millions(unet):.2f} M parameters, batch {preset.unet_batch}")
+    clock = Clock(ranks, checkpoints.resume("teacher", optimizer))
+    torch.manual_seed(preset.seed + 1000 + 17 * optimizer.iterations + ranks.rank)
+    batch, alphas = ranks.share(preset.unet_batch), alphas_cumprod(ranks.device)
+    strata = torch.arange(batch, device=ranks.device)
+    recent: list[torch.Tensor] = []
+    began, done, elapsed = time.time(), 0, clock.spent
+    first_loss = math.nan
+    while elapsed < seconds:
+        rate = learning_rate(preset.teacher_rate, optimizer.iterations, preset.warm_up, elapsed / seconds)
+        if done % preset.refill_every == 0:
+            ring.refill()
+        latents, states = ring.draw(batch)
+        dropped = torch.rand(batch, device=ranks.device) < _NO_CAPTION
+        states = torch.where(dropped[:, None, None], null, states)
+        # Stratified timesteps: one in each of `batch` equal intervals.
+        timestep = ((strata + torch.rand(batch, device=ranks.device)) * (STEPS / batch)).long().clamp(max=STEPS - 1)
+        loss, rows = step(latents, torch.randn_like(latents), timestep, states, alphas[timestep])
+        norm = optimizer.step(rate)
+        recent = [*recent[-199:], loss.detach()]
+        done += 1
+        if done == 1:
+            first_loss = float(loss.item())
+            clock.start()
+            began = time.time()
+        elapsed = clock.read(done)
+        checkpoints.keep("teacher", optimizer, clock, done)
+        if done in (1, 20, 100) or done % (2 * preset.log_every) == 0:
+            quarters = [round(part.mean().item(), 3) for part in rows.chunk(4)]
+            speed = (done - 1) * batch * ranks.size / max(1e-3, time.time() - began)
+            ranks.log(f"teacher {optimizer.iterations} loss {torch.stack(recent).mean().item():.4f} by t {quarters} "
+                      f"norm {float(norm):.2f} rate {rate:.1e} {elapsed:.0f} s {speed:.0f} pictures/s")
+    steps = optimizer.iterations
+    figures = {
+        "steps": steps,
+        "pictures": steps * batch * ranks.size,
+        "pictures_per_second": (done - 1) * batch * ranks.size / max(1e-3, time.time() - began),
+        "first_loss": first_loss,
+        "last_loss": torch.stack(recent).mean().item() if recent else math.nan,
+        "parameters_m": millions(unet),
+    }
+    ranks.log("teacher:", figures)
+    averaged = build_unet(preset, null.shape[-1], guided=False).to(ranks.device)
+    optimizer.copy_to(averaged, optimizer.ema)
+    checkpoints.save("teacher", {"weights": averaged.state_dict(), "figures": figures}, finished=True)
+    return figures

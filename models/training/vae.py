@@ -1,0 +1,167 @@
+"""The autoencoder: trained on random scenes, then normalised so that its latents have unit variance."""
+
+import math
+import time
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from models.training.checkpoints import Checkpoints
+from models.training.compiled import Compiled
+from models.training.distributed import Clock, Ranks
+from models.training.flat import FlatOptimizer
+from models.training.networks import LATENT_CHANNELS, build_vae, millions
+from models.training.scenes import Stage
+from models.training.settings import Preset
+
+_KL_WEIGHT = 3e-4
+_EDGE_WEIGHT = 0.5
+_WARM_UP = 150
+
+
+class VaeLoss(nn.Module):
+    """L1 + MSE + edges (L1 of finite differences) + a small KL, on pictures [B, 3, H, H] in [-1, 1]."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss, [L1, MSE, KL, log-variance])."""
+        mean, log_variance = moments(self.vae, pictures)
+        log_variance = log_variance.clamp(-14, 4)
+        latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        error = decode(self.vae, latents) - pictures
+        across, down = error[..., 1:] - error[..., :-1], error[..., 1:, :] - error[..., :-1, :]
+        edges = across.abs().mean() + down.abs().mean()
+        l1, mse = error.abs().mean(), error.square().mean()
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = l1 + mse + _EDGE_WEIGHT * edges + _KL_WEIGHT * divergence
+        return loss, torch.stack([l1, mse, divergence, log_variance.mean()]).detach()
+
+
+class VaeMoments(nn.Module):
+    """`moments` as a module, for compiling."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return moments(self.vae, pictures)
+
+
+def moments(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Posterior mean and log-variance, float32 [B, 4, h, h]."""
+    pictures = pictures.to(vae.quant_conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+    mean, log_variance = vae.quant_conv(vae.encoder(pictures)).float().chunk(2, 1)
+    return mean, log_variance
+
+
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Pictures, float32 [B, 3, H, H], not clamped."""
+    latents = latents.to(vae.quant_conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+    pictures: torch.Tensor = vae.decoder(vae.post_quant_conv(latents)).float()
+    return pictures
+
+
+def psnr(ours: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB per picture [B], of pictures in [-1, 1]."""
+    return 10 * torch.log10(4 / (ours - truth).square().mean((1, 2, 3)).clamp(min=1e-10))
+
+
+@torch.no_grad()
+def normalise(vae: AutoencoderKL, stage: Stage, ranks: Ranks, batches: int = 4, batch: int = 64) -> None:
+    """Fold per-channel mean and deviation of the latents into the 1x1 convolutions: latents become unit normal."""
+    first, second = (torch.zeros(LATENT_CHANNELS, device=ranks.device) for _ in range(2))
+    for _ in range(batches):
+        mean, _log_variance = moments(vae, stage.compose(stage.sample(batch)))
+        first += mean.mean((0, 2, 3)) / batches
+        second += mean.square().mean((0, 2, 3)) / batches
+    centre, power = ranks.mean(first), ranks.mean(second)
+    deviation = (power - centre.square()).sqrt()
+    ranks.log("vae: latent mean", centre.tolist(), "deviation", deviation.tolist())
+    into, out = vae.quant_conv, vae.post_quant_conv
+    into.weight[:LATENT_CHANNELS] /= deviation[:, None, None, None]
+    into.bias[:LATENT_CHANNELS] = (into.bias[:LATENT_CHANNELS] - centre) / deviation
+    into.bias[LATENT_CHANNELS:] -= 2 * deviation.log()
+    out.bias += (out.weight[:, :, 0, 0] * centre).sum(1)
+    out.weight *= deviation[None, :, None, None]
+
+
+@torch.no_grad()
+def measure(vae: AutoencoderKL, stage: Stage, ranks: Ranks, batches: int = 4, batch: int = 32) -> dict[str, float]:
+    """PSNR on fresh scenes: from the posterior's mean, from a sample of it, and with noise on the latents."""
+    totals = torch.zeros(4, device=ranks.device)
+    for _ in range(batches):
+        pictures = stage.compose(stage.sample(batch))
+        mean, log_variance = moments(vae, pictures)
+        spread = (0.5 * log_variance).exp()
+        noisy = mean + 0.1 * torch.randn_like(mean)
+        sampled = mean + spread * torch.randn_like(mean)
+        scores = [psnr(decode(vae, latents).clamp(-1, 1), pictures).mean() for latents in (mean, sampled, noisy)]
+        totals += torch.stack([*scores, spread.mean()]) / batches
+    names = ("psnr", "psnr_sampled", "psnr_latent_noise_0.1", "posterior_deviation")
+    return dict(zip(names, ranks.mean(totals).tolist(), strict=True))
+
+
+def train_vae(
+    preset: Preset, stage: Stage, ranks: Ranks, checkpoints: Checkpoints, seconds: float
+) -> tuple[AutoencoderKL, dict[str, Any]]:
+    """Train for `seconds` (or load the finished result): the float32 VAE and its figures."""
+    torch.manual_seed(preset.seed + 7)
+    vae = build_vae(preset).to(ranks.device)
+    done = checkpoints.finished("vae")
+    if done is not None:
+        vae.load_state_dict(done["weights"])
+        return vae, done["figures"]
+    ranks.log(f"vae: {millions(vae):.2f} M parameters, widths {preset.vae_widths}")
+    optimizer = FlatOptimizer(vae, ranks, average=0.998)
+    clock = Clock(ranks, checkpoints.resume("vae", optimizer))
+    torch.manual_seed(preset.seed + 3000 + 17 * optimizer.iterations + ranks.rank)
+    figures = _optimise(VaeLoss(vae), optimizer, preset, stage, ranks, checkpoints, clock, seconds)
+    averaged = build_vae(preset).to(ranks.device)
+    optimizer.copy_to(averaged, optimizer.ema)
+    normalise(averaged, stage, ranks)
+    figures |= measure(averaged, stage, ranks) | {"parameters_m": millions(averaged)}
+    ranks.log("vae:", {name: round(value, 3) for name, value in figures.items()})
+    checkpoints.save("vae", {"weights": averaged.state_dict(), "figures": figures}, finished=True)
+    return averaged, figures
+
+
+def _optimise(
+    loss: VaeLoss, optimizer: FlatOptimizer, preset: Preset, stage: Stage, ranks: Ranks, checkpoints: Checkpoints,
+    clock: Clock, seconds: float,
+) -> dict[str, Any]:
+    """The training loop; returns its figures."""
+    step = Compiled(loss, "vae", ranks, backward=True, clear=optimizer.clear, shared=False)
+    batch = ranks.share(preset.vae_batch)
+    recent: list[torch.Tensor] = []
+    began, done, elapsed = time.time(), 0, clock.spent
+    first_loss = math.nan
+    while elapsed < seconds:
+        progress = min(1.0, elapsed / seconds)
+        rate = preset.vae_rate * min(1.0, (optimizer.iterations + 1) / _WARM_UP)
+        rate *= max(0.01, 0.5 * (1 + math.cos(math.pi * progress)))
+        value, parts = step(stage.compose(stage.sample(batch)))
+        norm = optimizer.step(rate)
+        recent = [*recent[-99:], parts]
+        done += 1
+        if done == 1:
+            first_loss = float(value.item())
+            clock.start()
+            began = time.time()
+        elapsed = clock.read(done)
+        checkpoints.keep("vae", optimizer, clock, done)
+        if done in (1, 20, 100) or done % preset.log_every == 0:
+            l1, mse, divergence, spread = torch.stack(recent).mean(0).tolist()
+            speed = (done - 1) * batch * ranks.size / max(1e-3, time.time() - began)
+            ranks.log(f"vae {optimizer.iterations} L1 {l1:.4f} psnr~{10 * math.log10(4 / mse):.2f} KL {divergence:.2f} "
+                      f"logvar {spread:.2f} norm {float(norm):.2f} rate {rate:.1e} {speed:.0f} pictures/s")
+    steps = optimizer.iterations
+    last_loss = float(torch.stack(recent)[:, :2].sum(1).mean()) if recent else math.nan
+    speed = (done - 1) * batch * ranks.size / max(1e-3, time.time() - began)
+    return {"steps": steps, "pictures": steps * batch * ranks.size, "pictures_per_second": speed,
+            "first_loss": first_loss, "last_loss": last_loss}
