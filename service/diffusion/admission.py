@@ -12,7 +12,7 @@ from service.errors import invalid
 
 MAX_PROMPT = 2000  # characters
 MAX_PICTURES = 8
-MIN_SIDE = 64  # pixels
+MIN_SIDE = 64  # pixels, for models whose own pictures are no smaller
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
 MAX_LORA_SCALE = 4.0
@@ -87,9 +87,10 @@ def _real(field: str, value: float | None, default: float, low: float, high: flo
 def _size(draft: Draft, card: ModelCard, limits: EngineSettings) -> tuple[int, int]:
     width = card.default_size[0] if draft.width is None else draft.width
     height = card.default_size[1] if draft.height is None else draft.height
+    least = min(MIN_SIDE, *card.default_size)
     for field, side in (("width", width), ("height", height)):
-        if side < MIN_SIDE or side % card.size_multiple:
-            raise invalid(field, side, f"multiples of {card.size_multiple}, from {MIN_SIDE} pixels")
+        if side < least or side % card.size_multiple:
+            raise invalid(field, side, f"multiples of {card.size_multiple}, from {least} pixels")
     if width * height > limits.max_pixels:
         raise invalid("size", f"{width}x{height}", f"at most {limits.max_pixels} pixels in all")
     return width, height
