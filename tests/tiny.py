@@ -1,6 +1,6 @@
 """Tiny random models in diffusers' folder format, each built in well under a second and with nothing downloaded.
 
-Every builder takes an empty or missing folder, fills it as the stock pipeline's `save_pretrained` would, and returns it.
+Every builder takes an empty or missing folder, fills it as a stock pipeline's `save_pretrained` would, and returns it.
 The weights are seeded, so that two folders of one kind hold the same model.
 """
 
@@ -99,7 +99,7 @@ def lcm(folder: Path) -> Path:
 
 
 def bundle(folder: Path) -> Path:
-    """The default bundle's kind: BERT text with an attention mask, v-prediction with zero terminal SNR, an LCM student."""
+    """The default bundle's kind: BERT text with a mask, v-prediction with zero terminal SNR, an LCM student."""
     schedule = SD_SCHEDULE | {
         "steps_offset": 0,
         "clip_sample": False,

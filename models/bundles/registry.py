@@ -1,4 +1,7 @@
-"""The bundles that come with Headstart, by the names users call them. Nothing here prints; progress goes to a callback."""
+"""The bundles that come with Headstart, by the names users call them.
+
+Nothing here prints: progress goes to a callback.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The one contract of all networks: (x, per-row t, conditions) -> denoised.
 
-Batches are laid out [positive branch of all B rows, negative branch of the G rows that have one], so that a row without a
-negative branch costs one evaluation. Everything between the network's output and x0 is float32.
+Batches are laid out [positive branch of all B rows, negative branch of the G rows that have one], so that a row
+without a negative branch costs one evaluation. Everything between the network's output and x0 is float32.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Batch:
 
 
 class TextDenoiser:
-    """A text-conditioned UNet: classifier-free guidance (Ho & Salimans 2022) or a guidance scale embedded in the network.
+    """A text-conditioned UNet, with classifier-free guidance (Ho & Salimans 2022) or guidance embedded in the network.
 
     Args:
         unet: a UNet2DConditionModel.
@@ -61,7 +61,7 @@ class TextDenoiser:
     @property
     def embeds_guidance(self) -> bool:
         """Guidance is an input of the network, so that no row needs a negative branch."""
-        return self._unet.config.time_cond_proj_dim is not None
+        return bool(self._unet.config.time_cond_proj_dim is not None)
 
     @torch.no_grad()
     def __call__(
@@ -114,8 +114,9 @@ class TextDenoiser:
 class ConsistencyDenoiser:
     """A pixel-space consistency model (Song et al. 2023, appendix C) behind the variance-preserving contract.
 
-    The network lives in the variance-exploding space x_ve = x0 + sigma * noise = x / alpha, alpha = 1 / sqrt(1 + sigma^2).
-    Its timestep is t = 250 ln(sigma), and sigma is taken from t: near the data, alpha in float32 no longer tells it apart.
+    The network lives in the variance-exploding space x_ve = x0 + sigma * noise = x / alpha, where
+    alpha = 1 / sqrt(1 + sigma^2). Its timestep is t = 250 ln(sigma), and sigma is taken from t: near the data, alpha in
+    float32 no longer tells one sigma from another.
 
         denoised = c_skip * x_ve + c_out * F(x_ve / sqrt(sigma^2 + sigma_data^2), t)
 
@@ -138,7 +139,8 @@ class ConsistencyDenoiser:
         x_ve = x * (1 + sigma * sigma).sqrt()
         norm = (sigma * sigma + self._sigma_data**2).sqrt()
         sample = (x_ve / norm).to(self._unet.dtype, memory_format=torch.channels_last)
-        output = self._unet(sample, t, class_labels=self._class_labels(conditions), return_dict=False)[0].float()
+        labels = self._class_labels(conditions)
+        output: torch.Tensor = self._unet(sample, t, class_labels=labels, return_dict=False)[0].float()
         excess = sigma - self._sigma_min
         c_skip = self._sigma_data**2 / (excess * excess + self._sigma_data**2)
         c_out = excess * self._sigma_data / norm

@@ -1,7 +1,7 @@
 """A folder in diffusers' format: what it says it holds, and its weights loaded strictly.
 
-diffusers and transformers only warn when a checkpoint lacks weights and go on with random ones. Here that is an error, and
-so is anything left over; the message names the file.
+diffusers and transformers only warn when a checkpoint lacks weights and go on with random ones. Here that is an error,
+and so is anything left over; the message names the file.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_module(cls: Any, path: Path, dtype: torch.dtype, *, dtype_argument: str) -> torch.nn.Module:
+def load_module(cls: Any, path: Path, dtype: torch.dtype, *, dtype_argument: str) -> Any:
     """Load one component's module, every weight from its file and every weight of the file used.
 
     Weights are mapped from disk and cast one by one, so that the module is never in memory twice.
@@ -88,23 +88,24 @@ def load_module(cls: Any, path: Path, dtype: torch.dtype, *, dtype_argument: str
     """
     weights = _check_weights(path)
     read_json(path / "config.json")
-    arguments = {dtype_argument: dtype, "output_loading_info": True, "local_files_only": True}
+    arguments = {dtype_argument: dtype, "low_cpu_mem_usage": True, "local_files_only": True}
+    arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches go into the report
     try:
         with quiet_libraries():
-            module, report = cls.from_pretrained(path, low_cpu_mem_usage=True, **arguments)
+            module, report = cls.from_pretrained(path, **arguments)
     except Exception as error:
         raise ModelError(f"{weights} does not fit {path / 'config.json'}: {one_line(error)}") from error
     missing = sorted(report["missing_keys"])
     unexpected = sorted(key for key in report["unexpected_keys"] if not key.endswith(HARMLESS))
-    mismatched = sorted(str(key) for key in report["mismatched_keys"])
+    mismatched = sorted(str(key[0]) for key in report["mismatched_keys"])  # (key, shape in the file, shape wanted)
     for what, keys in (("lacks", missing), ("has unknown", unexpected), ("has wrong shapes for", mismatched)):
         if keys:
             raise ModelError(f"{weights} {what} {listing(keys)}")
-    return module.requires_grad_(False).eval()  # type: ignore[no-any-return]
+    return module.requires_grad_(False).eval()
 
 
 def _check_weights(path: Path) -> Path:
-    """Find a component's weights and check that every safetensors file is whole. Returns the file that stands for them."""
+    """Find a component's weights, check that every safetensors file is whole, return the file that stands for them."""
     for stem in WEIGHT_STEMS:
         if (index := path / f"{stem}.safetensors.index.json").is_file():
             for shard in sorted(set(read_json(index).get("weight_map", {}).values())):

@@ -1,7 +1,7 @@
 """LoRA files (Hu et al. 2021): loaded once beside the weights, switched by name and scale.
 
-Keys in diffusers', peft's and kohya's formats are read, by diffusers' own converters. A LoRA of the text encoder acts on
-prompts encoded while it is active: switch first, then encode.
+Keys in diffusers', peft's and kohya's formats are read, by diffusers' own converters. A LoRA of the text encoder acts
+on prompts encoded while it is active: switch first, then encode.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the engine needs of a diffusion model, whichever kind it is.
 
-Shapes: B rows of a batch, C latent channels, h and w latent height and width, H and W picture height and width in pixels,
-L text tokens, D their width, P width of the pooled text state.
+Shapes: B rows of a batch, C latent channels, h and w latent height and width, H and W picture height and width in
+pixels, L text tokens, D their width, P width of the pooled text state.
 """
 
 from __future__ import annotations

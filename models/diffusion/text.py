@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "BertModel")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast")
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 CACHED_PROMPTS = 256
 
 
@@ -103,18 +104,21 @@ def _load_tower(folder: Folder, suffix: str, device: torch.device, dtype: torch.
     encoder = load_module(cls, folder.path / name, dtype, dtype_argument="dtype")
     name = f"tokenizer{suffix}"
     cls = getattr(transformers, folder.component(name, TOKENIZERS))
+    path = folder.path / name
+    if not any(all((path / file).is_file() for file in files) for files in VOCABULARIES):
+        raise ModelError(f"{path} holds no vocabulary: looked for {' or '.join(' and '.join(f) for f in VOCABULARIES)}")
     try:
         with quiet_libraries():
-            tokenizer = cls.from_pretrained(folder.path / name, local_files_only=True)
+            tokenizer = cls.from_pretrained(path, local_files_only=True)
     except Exception as error:
-        raise ModelError(f"{folder.path / name} holds no {cls.__name__}: {one_line(error)}") from error
+        raise ModelError(f"{path} holds no {cls.__name__}: {one_line(error)}") from error
     size, vocabulary = encoder.config.vocab_size, len(tokenizer)
     if vocabulary > size:
-        raise ModelError(f"{folder.path / name} has {vocabulary} tokens, its text encoder only {size}")
+        raise ModelError(f"{path} has {vocabulary} tokens, its text encoder only {size}")
     positions = encoder.config.max_position_embeddings
     if tokenizer.model_max_length > positions:
         raise ModelError(
-            f"{folder.path / name / 'tokenizer_config.json'}: model_max_length {tokenizer.model_max_length} is more than "
-            f"the text encoder's {positions} positions"
+            f"{path / 'tokenizer_config.json'}: model_max_length {tokenizer.model_max_length} "
+            f"is more than the text encoder's {positions} positions"
         )
     return Tower(tokenizer, encoder.to(device))
