@@ -41,7 +41,7 @@ def ddim(schedule: NoiseSchedule, steps: int, spacing: str, *, eta: float) -> Ro
         now = float(schedule.alphas_cumprod[t])
         after = float(schedule.alphas_cumprod[t - stride]) if t >= stride else final
         s = eta * ((1 - after) / (1 - now) * (1 - now / after)) ** 0.5
-        a = ((1 - after - s**2) / (1 - now)) ** 0.5
+        a = max((1 - after - s**2) / (1 - now), 0.0) ** 0.5  # rounding can take it below 0 at eta 1
         rows.append(Row(t=float(t), alpha=now**0.5, a=a, b=after**0.5 - a * now**0.5, c=0.0, s=s))
     return rows, 1.0
 

@@ -82,6 +82,10 @@ class NoiseSchedule:
         """Build from the betas of the forward process; `fields` are those of the class."""
         if beta_schedule not in BETA_SCHEDULES:
             raise ValueError(f"beta_schedule: {beta_schedule!r} is unknown; allowed: {', '.join(BETA_SCHEDULES)}")
+        if not 0 < beta_start <= beta_end < 1:
+            raise ValueError(
+                f"beta_start: {beta_start}; allowed: above 0, up to beta_end = {beta_end}, which is below 1"
+            )
         if trained_betas is not None:
             betas = torch.tensor(trained_betas, dtype=torch.float32)
         else:

@@ -1,0 +1,156 @@
+"""Samplers: largest differences from diffusers' schedulers, and the time of the noise and of the fused update.
+
+    python bench/samplers.py [--only differences|times]
+
+Differences are those of the final latents over their largest absolute value, the worst of 1, 2, 4, 10, 25 and 50 steps,
+with and without Karras spacing, eta 0 and 0.7. They need diffusers. Times need neither diffusers nor a GPU; on a GPU the
+Triton kernel is first checked against the torch reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accel.kernels.sampler_step import sampler_step, sampler_step_reference
+from accel.samplers.noise import gaussian
+
+BATCH = 8
+
+
+def print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    titles = list(header)
+    print("\n| " + " | ".join(titles) + " |")
+    print("|" + " --- |" * len(titles))
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
+def difference_table() -> None:
+    from tests.accel.against_diffusers import cases, combinations, differences
+
+    def rows() -> Iterable[list[str]]:
+        for sampler, prediction, spacing in combinations():
+            found = [(case.zero_snr, differences(case)) for case in cases(sampler, prediction, spacing)]
+            plain = [item.float32 for zero_snr, item in found if not zero_snr]
+            zero = [item for zero_snr, item in found if zero_snr]
+            yield [
+                sampler,
+                prediction,
+                "any" if sampler in ("lcm", "consistency") else spacing,
+                f"{max(plain):.1e}",
+                f"{max(item.float32 for item in zero):.1e}" if zero else "-",
+                f"{max(item.own_rounding for item in zero):.1e}" if zero else "-",
+                f"{max(item.float64 for _, item in found):.1e}",
+            ]
+
+    print_table(
+        [
+            "sampler",
+            "prediction",
+            "spacing",
+            "float32",
+            "float32, zero terminal SNR",
+            "diffusers float32 against float64, zero terminal SNR",
+            "float64",
+        ],
+        rows(),
+    )
+
+
+def median_us(action: Callable[[], object], device: str, runs: int = 200) -> float:
+    """Median microseconds of one call; on a GPU by its own events, so that the host's launching does not count."""
+    for _ in range(10):
+        action()
+    if device == "cpu":
+        times = []
+        for _ in range(runs):
+            start = time.perf_counter()
+            action()
+            times.append((time.perf_counter() - start) * 1e6)
+        return statistics.median(times)
+    spans = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
+    for before, after in spans:
+        before.record()
+        action()
+        after.record()
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) * 1e3 for before, after in spans)
+
+
+def batch(shape: tuple[int, int, int], device: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "x": torch.randn(BATCH, *shape, generator=generator),
+        "previous": torch.randn(BATCH, *shape, generator=generator),
+        "slots": torch.randperm(BATCH, generator=generator),
+        "denoised": torch.randn(BATCH, *shape, generator=generator),
+        "coefficients": torch.rand(BATCH, 4, generator=generator) / 2,
+        "seeds": torch.arange(BATCH),
+        "rows": torch.arange(BATCH),
+        "finite": torch.ones(BATCH, dtype=torch.bool),
+    }
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def check_kernel(shape: tuple[int, int, int]) -> float:
+    """Largest absolute difference of the kernel from the reference; ends the run if it is more than rounding."""
+    ours, reference = batch(shape, "cuda"), batch(shape, "cuda")
+    sampler_step(**ours)
+    sampler_step_reference(**reference)
+    difference = float((ours["x"] - reference["x"]).abs().max())
+    same = all(torch.equal(ours[name], reference[name]) for name in ("previous", "finite"))
+    if difference > 1e-5 or not same:
+        sys.exit(f"the Triton kernel differs from the reference by {difference:.1e} at {list(shape)}")
+    return difference
+
+
+def time_table(device: str) -> None:
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"\n{name}, torch {torch.__version__}, batch of {BATCH}, median of 200")
+
+    def rows() -> Iterable[list[str]]:
+        for shape in ((4, 32, 32), (4, 64, 64), (4, 128, 128)):
+            tensors = batch(shape, device)
+            noise = median_us(partial(gaussian, tensors["seeds"], tensors["rows"], shape, device), device)
+            reference = median_us(partial(sampler_step_reference, **tensors), device)
+            row = ["x".join(map(str, shape)), f"{noise:.0f}", f"{reference:.0f}"]
+            if device == "cuda":
+                difference = check_kernel(shape)
+                kernel = median_us(partial(sampler_step, **tensors), device)
+                row += [f"{kernel:.0f}", f"{reference / kernel:.1f}", f"{difference:.1e}"]
+            yield row
+
+    header = ["latent", "noise alone, µs", "update in torch, µs"]
+    if device == "cuda":
+        header += ["update in Triton, µs", "times faster", "largest difference"]
+    print_table(header, rows())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["differences", "times"])
+    only = parser.parse_args().only
+    if only != "times":
+        if find_spec("diffusers") is None:
+            print("DIFFERENCES FROM DIFFUSERS NOT MEASURED: diffusers is not installed here")
+        else:
+            warnings.filterwarnings("ignore", message="__array__ implementation", category=DeprecationWarning)
+            difference_table()
+    if only != "differences":
+        time_table("cuda" if torch.cuda.is_available() else "cpu")
+
+
+if __name__ == "__main__":
+    main()
