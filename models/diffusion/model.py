@@ -96,10 +96,14 @@ class ModelCard:
 class DiffusionModel(Protocol):
     """A loaded model. All methods are called from the engine's thread only."""
 
-    card: ModelCard
-    schedule: NoiseSchedule
-    device: torch.device
-    dtype: torch.dtype
+    @property
+    def card(self) -> ModelCard: ...
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def denoiser(self, sampler: str) -> Denoiser:
         """The network that runs the sampler's rows (the LCM student for "lcm" where the bundle has one)."""
