@@ -1,0 +1,227 @@
+"""What the engine costs outside the network, and what batching gives.
+
+    python bench/engine.py overhead [--device cuda] [--batch 8]
+    python bench/engine.py throughput (--model default | --spec sd15) [--size 512x512] [--steps 20] [--guidance 7.5]
+
+`overhead`, which also runs when no command is given, has a network that returns one preallocated tensor, so that what
+remains of a tick is the engine's own. `throughput` draws the same number of pictures at 1, 2, 4 and 8 at once and compares pictures per second.
+Both check first that the pictures are finite. Tables are Markdown; seconds are wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from accel.samplers.schedules import NoiseSchedule
+from models.diffusion.model import Condition, DiffusionModel, ModelCard, SamplerDefaults
+from service.config import EngineSettings, ModelSettings
+from service.diffusion.engine import DiffusionEngine
+from service.diffusion.request import Completed, Event, Failed, Image, ImageRequest
+
+WARM_UP = 20  # ticks
+AT_ONCE = (1, 2, 4, 8)
+
+
+class EmptyModel:
+    """A model without a network: latents [4, 64, 64], denoised to one fixed picture."""
+
+    def __init__(self, device: torch.device, batch: int) -> None:
+        self.device, self.dtype = device, torch.float32
+        samplers = {name: SamplerDefaults(50, 1.0, "trailing") for name in ("ddim", "euler_a", "dpmpp_2m_sde")}
+        self.card = ModelCard(
+            name="empty",
+            kind="sd",
+            source="",
+            revision="",
+            default_size=(512, 512),
+            size_multiple=8,
+            latent_channels=4,
+            scale=8,
+            max_prompt_tokens=77,
+            num_classes=None,
+            default_sampler="ddim",
+            samplers=samplers,
+        )
+        self.schedule = NoiseSchedule.from_config(
+            {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+        )
+        self._denoised = torch.randn(batch, 4, 64, 64, device=device)
+
+    def denoiser(self, sampler: str) -> EmptyModel:
+        return self
+
+    def __call__(
+        self, x: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor, conditions: Sequence[Condition]
+    ) -> torch.Tensor:
+        return self._denoised[: len(x)]
+
+    def encode(
+        self, prompts: Sequence[tuple[str, str]], guidance_scales: Sequence[float], sampler: str, size: tuple[int, int]
+    ) -> list[Condition]:
+        return [Condition(None, None, scale) for scale in guidance_scales]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents[:, :3].clamp(-1, 1) * 127 + 128).permute(0, 2, 3, 1).to(torch.uint8)
+
+    preview = decode
+
+    def use_loras(self, loras: Sequence[tuple[str, float]]) -> None:
+        pass
+
+
+def plain(number: int, sampler: str, steps: int, guidance: float, size: tuple[int, int]) -> ImageRequest:
+    return ImageRequest(
+        id=str(number),
+        prompt=f"a red apple on a blue background, number {number}",
+        negative_prompt="",
+        n=1,
+        width=size[0],
+        height=size[1],
+        steps=steps,
+        guidance_scale=guidance,
+        sampler=sampler,
+        eta=0.0,
+        seed=number,
+    )
+
+
+def draw(engine: DiffusionEngine, requests: Sequence[ImageRequest], at_once: int) -> list[Image]:
+    """Draw all requests, a new one for each that completes, and stop the program if one fails."""
+    images: list[Image] = []
+    waiting = list(requests)
+    live = 0
+    while waiting or live:
+        while waiting and live < at_once:
+            engine.add(waiting.pop(0))
+            live += 1
+        events: list[Event] = engine.step()
+        for event in events:
+            if isinstance(event, Failed):
+                raise SystemExit(f"request {event.request_id} failed: {event.error}")
+            live -= isinstance(event, Completed)
+        images += [event for event in events if isinstance(event, Image)]
+    return images
+
+
+def check(engine: DiffusionEngine, requests: Sequence[ImageRequest]) -> None:
+    """Non-finite latents fail a request; a constant picture would be as wrong."""
+    for image in draw(engine, requests, len(requests)):
+        if np.asarray(image.pixels).std() < 1:
+            raise SystemExit(f"picture {image.request_id} is of one colour")
+    print(f"{len(requests)} pictures drawn first: all finite, none constant\n")
+
+
+def overhead(device: torch.device, batch: int, ticks: int) -> None:
+    print(f"Host time of one engine step outside the network, {describe(device)}, batch {batch}, latents [4, 64, 64]\n")
+    settings = EngineSettings(max_batch=batch)
+    check(
+        DiffusionEngine(EmptyModel(device, batch), settings),
+        [plain(i, "euler_a", 5, 1.0, (512, 512)) for i in range(batch)],
+    )
+    print("| sampler | median ms | p90 ms | largest ms |\n| --- | --- | --- | --- |")
+    for sampler in ("ddim", "euler_a", "dpmpp_2m_sde"):
+        times = sorted(1e3 * seconds for seconds in step_times(EmptyModel(device, batch), settings, sampler, ticks))
+        print(f"| {sampler} | {statistics.median(times):.3f} | {times[int(0.9 * len(times))]:.3f} | {times[-1]:.3f} |")
+
+
+def step_times(model: DiffusionModel, settings: EngineSettings, sampler: str, ticks: int) -> list[float]:
+    """Seconds of each engine step in which a full batch runs one row and no picture begins or ends."""
+    engine = DiffusionEngine(model, settings)
+    for number in range(settings.max_batch):
+        engine.add(plain(number, sampler, WARM_UP + ticks + 1, 1.0, (512, 512)))
+    times = []
+    for _ in range(WARM_UP + ticks):
+        begun = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - begun)
+    return times[WARM_UP:]
+
+
+def throughput(model: DiffusionModel, options: argparse.Namespace) -> None:
+    card = model.card
+    size = tuple(map(int, options.size.split("x"))) if options.size else card.default_size
+    sampler = options.sampler or card.default_sampler
+    guidance = card.samplers[sampler].guidance_scale if options.guidance is None else options.guidance
+    steps = options.steps or card.samplers[sampler].steps
+    print(
+        f"{card.name}, {describe(model.device)}, {model.dtype}, {size[0]}x{size[1]}, {sampler}, {steps} steps, "
+        f"guidance {guidance:g}, {options.pictures} pictures each\n"
+    )
+    settings = EngineSettings(max_batch=2 * max(AT_ONCE))
+    engine = DiffusionEngine(model, settings)
+    requests = [plain(i, sampler, steps, guidance, size) for i in range(options.pictures)]
+    check(engine, requests[: max(AT_ONCE)])
+    rates: dict[int, list[float]] = {at_once: [] for at_once in AT_ONCE}
+    for at_once in AT_ONCE:
+        draw(engine, [plain(i, sampler, min(steps, 2), guidance, size) for i in range(at_once)], at_once)  # warm
+    for _ in range(options.rounds):
+        for at_once in AT_ONCE:
+            begun = time.perf_counter()
+            draw(engine, requests, at_once)
+            rates[at_once].append(len(requests) / (time.perf_counter() - begun))
+    print("| at once | pictures/s | s/picture | against one at a time | rounds |\n| --- | --- | --- | --- | --- |")
+    for at_once, found in rates.items():
+        rate = statistics.median(found)
+        ratio = statistics.median(each / one for each, one in zip(found, rates[1], strict=True))
+        rounds = ", ".join(f"{each:.3g}" for each in found)
+        print(f"| {at_once} | {rate:.3g} | {1 / rate:.3g} | {ratio:.2f} | {rounds} |")
+
+
+def describe(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
+
+
+def load(options: argparse.Namespace) -> DiffusionModel:
+    if options.spec:
+        from models.specs import random_model
+
+        return random_model(options.spec, options.dtype, options.device)
+    from models.diffusion.loading import load_model
+
+    folder = options.cache_dir or ModelSettings().cache_dir
+    return load_model(options.model, dtype=options.dtype, device=options.device, cache_dir=folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in ("overhead", "throughput"):
+        command = commands.add_parser(name)
+        command.add_argument("--device", default=default_device)
+        if name == "overhead":
+            command.add_argument("--batch", type=int, default=8)
+            command.add_argument("--ticks", type=int, default=150)
+            continue
+        source = command.add_mutually_exclusive_group()
+        source.add_argument("--model", default="default", help="bundle, diffusers folder or hub id")
+        source.add_argument("--spec", help="a model of models/specs.py with random weights")
+        command.add_argument("--dtype", default="auto")
+        command.add_argument("--size", help="WIDTHxHEIGHT")
+        command.add_argument("--steps", type=int)
+        command.add_argument("--guidance", type=float)
+        command.add_argument("--sampler")
+        command.add_argument("--pictures", type=int, default=8)
+        command.add_argument("--rounds", type=int, default=3)
+        command.add_argument("--cache-dir", type=Path)
+    options = parser.parse_args()
+    if options.command == "throughput":
+        throughput(load(options), options)
+    else:
+        overhead(
+            torch.device(getattr(options, "device", default_device)),
+            getattr(options, "batch", 8),
+            getattr(options, "ticks", 150),
+        )
+
+
+if __name__ == "__main__":
+    main()
