@@ -17,20 +17,28 @@ from tqdm import tqdm
 
 from service.config import Settings
 from service.diffusion.request import Completed, Draft, Failed, Image, ImageRequest, Progress, Timings
-from service.errors import CancelledError, InputError, SetupError, invalid
+from service.errors import CancelledError, SetupError, invalid
 from service.pictures import SUFFIXES, contact_sheet, encode
 from service.recipe import Recipe, recipe_of
 
 if TYPE_CHECKING:
     from service.runtime import Runtime
 
-# Where a field of the HTTP interface has another name on the command line.
+# What the command line calls a draft's fields.
 FLAGS = {
+    "prompt": "PROMPT",
+    "n": "--n",
     "negative_prompt": "--negative",
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "width": "--size: width",
     "height": "--size: height",
+    "size": "--size",
+    "sampler": "--sampler",
+    "eta": "--eta",
+    "seed": "--seed",
+    "class_label": "--class-label",
+    "loras": "--lora",
 }
 
 
@@ -128,12 +136,7 @@ def generate(settings: Settings, draft: Draft, output: Output, *, quiet: bool) -
     from service.runtime import open_runtime  # seconds, for torch
 
     runtime = open_runtime(settings)
-    try:
-        request = runtime.resolve(draft)
-    except InputError as error:
-        field = error.param or ""
-        flag = FLAGS.get(field, f"--{field.replace('_', '-')}" if field != "prompt" else "PROMPT")
-        raise SetupError(flag + error.message.removeprefix(field)) from None
+    request = runtime.resolve(draft, FLAGS)
     images, timings = asyncio.run(_draw(runtime, request, quiet))
     files = _write(request, images, runtime.card.name, output)
     for file, image in zip(files, images, strict=False):

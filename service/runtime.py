@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
+from collections.abc import Mapping
 
 from models.diffusion.loading import load_model
 from models.diffusion.model import ModelCard
@@ -13,6 +14,7 @@ from service.config import EngineSettings, Settings
 from service.diffusion.admission import resolve
 from service.diffusion.engine import DiffusionEngine, Observer
 from service.diffusion.request import MAX_SEED, Draft, Failed, ImageRequest
+from service.errors import InputError
 
 
 class Runtime:
@@ -23,10 +25,24 @@ class Runtime:
         self.bridge = bridge
         self._limits = limits
 
-    def resolve(self, draft: Draft) -> ImageRequest:
-        """The draft checked and completed, with an id of its own. Raises InputError."""
+    def resolve(self, draft: Draft, names: Mapping[str, str]) -> ImageRequest:
+        """The draft checked and completed, with an id of its own.
+
+        Args:
+            names: what the caller calls a field of the draft, where that is not its name; "size: width" for a part of
+                one.
+
+        Raises:
+            InputError: in the caller's names.
+        """
         seed = secrets.randbelow(MAX_SEED + 1)
-        return resolve(draft, self.card, self._limits, id=uuid.uuid4().hex, random_seed=seed)
+        try:
+            return resolve(draft, self.card, self._limits, id=uuid.uuid4().hex, random_seed=seed)
+        except InputError as error:
+            field = error.param or ""
+            name = names.get(field, field)
+            message = name + error.message.removeprefix(field)
+            raise InputError(message, param=name.partition(":")[0], code=error.code) from None
 
     async def warm_up(self) -> None:
         """Draw one picture in one step, so that the first client does not pay for what is made on first use.
@@ -34,7 +50,7 @@ class Runtime:
         Raises the error of a model that cannot draw.
         """
         label = None if self.card.num_classes is None else 0
-        request = self.resolve(Draft(prompt="warming up", num_inference_steps=1, class_label=label))
+        request = self.resolve(Draft(prompt="warming up", num_inference_steps=1, class_label=label), {})
         async for event in self.bridge.submit(request):
             if isinstance(event, Failed):
                 raise event.error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -67,13 +68,16 @@ def serve(settings: Settings, begun: float) -> None:
 
 def listen(settings: ServerSettings) -> socket.socket:
     """A listening socket. Raises SetupError when the address is taken, not ours, or unknown."""
-    where = f"{settings.host} port {settings.port}"
     try:
         family, *_ = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    except (OSError, UnicodeError) as error:  # UnicodeError: a host name that IDNA refuses
-        reason = getattr(error, "strerror", None) or error
-        raise SetupError(f"cannot listen on {where}: {reason}; choose others with --host and --port") from None
+    except socket.gaierror as error:
+        reason = error.strerror or "unknown host"
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+    except UnicodeError:
+        reason = "not a host name"
+    raise SetupError(f"cannot listen on {settings.host} port {settings.port}: {reason}; try another --host or --port")
 
 
 class Server(uvicorn.Server):

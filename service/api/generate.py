@@ -33,7 +33,7 @@ async def generate(client: Request) -> Response:
     body = await read_body(client, GenerateBody)
     media_type = _media_type(client, body)
     runtime = service.runtime
-    request = runtime.resolve(body.draft())
+    request = runtime.resolve(body.draft(), body.names)
     format = media_type.partition("/")[2] if media_type.startswith("image/") else body.output_format or "png"
     job = Job(request, runtime.card.name, format, body.quality)
     if body.stream:

@@ -31,7 +31,7 @@ async def generations(client: Request) -> Response:
     model = runtime.card.name
     if body.model not in (None, model):
         raise NotFoundError(f"model: {body.model!r} is not served; {model} is", param="model", code="model_not_found")
-    job = Job(runtime.resolve(body.draft()), model, body.output_format or "png", body.quality)
+    job = Job(runtime.resolve(body.draft(), body.names), model, body.output_format or "png", body.quality)
     if body.stream:
         return EventStream(_messages(service, client, job, service.submit(job.request)))
     pictures, _ = await draw(service, client, job)

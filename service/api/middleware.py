@@ -19,6 +19,7 @@ from service.metrics import Metrics
 
 access = logging.getLogger("service.access")
 log = logging.getLogger(__name__)
+PROBES = ("/health", "/health/ready", "/metrics")  # asked every few seconds, for ever
 OPEN_PATHS = ("/health", "/health/ready")  # orchestrators ask these without a key
 
 
@@ -61,7 +62,8 @@ class Envelope:
         self.metrics.http_requests.labels(route=route, status=str(status)).inc()
         client = scope["client"][0] if scope.get("client") else "-"
         method, path = scope["method"], quote(scope["path"])[:200]
-        access.info("%s %s %d %.3fs %s %s", method, path, status, seconds, client, request_id)
+        level = logging.DEBUG if route in PROBES and status == 200 else logging.INFO
+        access.log(level, "%s %s %d %.3fs %s %s", method, path, status, seconds, client, request_id)
 
 
 class ApiKey:

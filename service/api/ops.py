@@ -16,12 +16,14 @@ from service.metrics import CONTENT_TYPE
 router = APIRouter()
 
 
-@router.api_route("/health", methods=["GET", "HEAD"], summary="The process answers")
+@router.head("/health", include_in_schema=False)
+@router.get("/health", summary="The process answers")
 async def health() -> Response:
     return JSONResponse({"status": "alive"})
 
 
-@router.api_route("/health/ready", methods=["GET", "HEAD"], summary="Requests are taken; 503 says why not")
+@router.head("/health/ready", include_in_schema=False)
+@router.get("/health/ready", summary="Requests are taken; 503 says why not")
 async def ready(client: Request) -> Response:
     return JSONResponse({"status": "ready", "model": service_of(client).runtime.card.name})
 

@@ -48,6 +48,11 @@ class DrawBody(Body):
     user: Annotated[str | None, Field(description="text that names the end user; taken and not kept")] = None
 
     @property
+    def names(self) -> dict[str, str]:
+        """What this body calls a draft's fields, where that is not their name."""
+        return {"loras": "lora"} | ({} if self.size is None else {"width": "size: width", "height": "size: height"})
+
+    @property
     def quality(self) -> int:
         return DEFAULT_QUALITY if self.output_compression is None else self.output_compression
 
