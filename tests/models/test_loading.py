@@ -217,7 +217,7 @@ def test_unknown_source(tmp_path: Path) -> None:
 
 def test_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="nobody/nothing@v9 is not in .* and the hub cannot be reached") as caught:
+    with pytest.raises(ModelError, match=r"nobody/nothing@v9 is not in .* and the hub cannot be reached") as caught:
         load_model("nobody/nothing", revision="v9", cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
 
