@@ -1,23 +1,23 @@
 """Every error that a caller can see, with its HTTP status.
 
-    HeadstartError                 500  server_error
-    ├── InputError                 422  invalid_request_error   (names field, value, what is allowed)
-    │   ├── MalformedError         400  the body is not what the content type says
-    │   ├── TooLargeError          413  the body is over the limit
-    │   └── MediaTypeError         415  content type not understood
-    ├── AuthenticationError        401  authentication_error
-    ├── NotFoundError              404  not_found_error
-    ├── MethodError                405  invalid_request_error
-    ├── NotAcceptableError         406  invalid_request_error   (the Accept header allows no reply)
-    ├── ConflictError              409  conflict_error
-    ├── GoneError                  410  gone_error
-    ├── CancelledError             499  cancelled_error         (the client left or asked to stop)
-    ├── BusyError                  429  rate_limit_error        (carries Retry-After)
-    ├── NonFiniteError             500  server_error            (the latents of one picture overflowed)
-    ├── UnavailableError           503  unavailable_error       (not ready, shutting down)
-    │   └── OutOfMemoryError       503                          (after the batch was split as far as it goes)
-    ├── DeadlineError              504  deadline_error
-    └── SetupError                 exit status 2                (bad flag, missing weights, port in use)
+HeadstartError                 500  server_error
+├── InputError                 422  invalid_request_error   (names field, value, what is allowed)
+│   ├── MalformedError         400  the body is not what the content type says
+│   ├── TooLargeError          413  the body is over the limit
+│   └── MediaTypeError         415  content type not understood
+├── AuthenticationError        401  authentication_error
+├── NotFoundError              404  not_found_error
+├── MethodError                405  invalid_request_error
+├── NotAcceptableError         406  invalid_request_error   (the Accept header allows no reply)
+├── ConflictError              409  conflict_error
+├── GoneError                  410  gone_error
+├── CancelledError             499  cancelled_error         (the client left or asked to stop)
+├── BusyError                  429  rate_limit_error        (carries Retry-After)
+├── NonFiniteError             500  server_error            (the latents of one picture overflowed)
+├── UnavailableError           503  unavailable_error       (not ready, shutting down)
+│   └── OutOfMemoryError       503                          (after the batch was split as far as it goes)
+├── DeadlineError              504  deadline_error
+└── SetupError                 exit status 2                (bad flag, missing weights, port in use)
 """
 
 from __future__ import annotations
