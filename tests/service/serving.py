@@ -134,13 +134,14 @@ def settings(**changes: object) -> Settings:
 
 
 @contextlib.contextmanager
-def serving(step_s: float = 0.001, load_s: float = 0.0, **changes: object) -> Iterator[Running]:
-    """Serve the fake engine in a thread; ready when it yields, unless it takes `load_s` seconds to load."""
+def serving(step_s: float = 0.001, loading: threading.Event | None = None, **changes: object) -> Iterator[Running]:
+    """Serve the fake engine in a thread; ready when it yields or, if `loading` is given, once that is set."""
     chosen = settings(**changes)
     engine = FakeEngine(step_s)
 
     def opener(given: Settings, metrics: Metrics) -> Runtime:
-        time.sleep(load_s)
+        if loading is not None:
+            loading.wait()
         bridge = Bridge(engine, given.engine)
         bridge.start()
         return Runtime(CARD, bridge, given.engine)
@@ -156,7 +157,7 @@ def serving(step_s: float = 0.001, load_s: float = 0.0, **changes: object) -> It
     thread.start()
     running = Running(f"http://127.0.0.1:{port}", port, engine, app.state.service, server)
     try:
-        while load_s == 0 and httpx.get(f"{running.url}/health/ready").status_code != 200:
+        while loading is None and httpx.get(f"{running.url}/health/ready").status_code != 200:
             time.sleep(0.005)
         yield running
     finally:

@@ -22,13 +22,15 @@ def post(running: Running, body: dict[str, object]) -> httpx.Response:
 
 
 def test_health_answers_while_the_model_loads() -> None:
-    with serving(load_s=0.3) as running:
+    loading = threading.Event()
+    with serving(loading=loading) as running:
         assert httpx.get(f"{running.url}/health").json() == {"status": "alive"}
         for path in ("/health/ready", "/v1/models"):
             reply = httpx.get(running.url + path)
             assert reply.status_code == 503
             assert reply.json()["error"]["message"] == "the model is loading"
         assert post(running, LONG).status_code == 503
+        loading.set()
         while httpx.get(f"{running.url}/health/ready").status_code == 503:
             time.sleep(0.01)
         assert httpx.get(f"{running.url}/health/ready").json() == {"status": "ready", "model": "fake"}
@@ -240,6 +242,10 @@ def test_shutdown_answers_what_its_grace_does_not_suffice_for() -> None:
 
 def test_shutdown_while_the_model_loads() -> None:
     before = engine_threads()
-    with serving(load_s=0.5) as running:
+    loading = threading.Event()
+    with serving(loading=loading) as running:
         running.server.should_exit = True
+        while not running.service.draining:
+            time.sleep(0.005)
+        loading.set()
     assert engine_threads() == before
