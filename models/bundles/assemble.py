@@ -15,6 +15,7 @@ from typing import Any
 
 from models.bundles.fetch import fetched_folder
 from models.bundles.manifest import MANIFEST, Manifest
+from models.errors import ModelError
 
 STUDENT = {"unet": "unet_lcm", "scheduler": "scheduler_lcm"}
 COMPONENTS = {  # component: (library, file that names its class, key of the class in it)
@@ -48,7 +49,11 @@ def is_assembled(manifest: Manifest, cache_dir: Path) -> bool:
 
 
 def assemble(manifest: Manifest, root: Path, cache_dir: Path) -> None:
-    """Build both folders beside their places and move them in; the manifest's copy, which marks it done, goes last."""
+    """Build both folders beside their places and move them in, one after the other."""
+    present = {file.path.split("/")[0] for file in manifest.files}
+    for component in (*COMPONENTS, *STUDENT.values()):
+        if component not in present:
+            raise ModelError(f"bundle {manifest.name} is not complete: it has no {component}")
     folder, student = assembled_folder(manifest, cache_dir), student_folder(manifest, cache_dir)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".assemble-") as scratch:
         new = Path(scratch) / "model"
@@ -69,7 +74,7 @@ def link_or_copy(origin: Path, target: Path) -> None:
     """A symlink where the file system has them, else a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        target.symlink_to(origin.resolve() if origin.is_file() else origin, target_is_directory=origin.is_dir())
+        target.symlink_to(origin.resolve(), target_is_directory=origin.is_dir())
     except OSError:
         (shutil.copytree if origin.is_dir() else shutil.copyfile)(origin, target)
 

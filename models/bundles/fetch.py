@@ -5,6 +5,7 @@ Every file is checked by digest before it takes its place, so that both sources 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -131,10 +132,10 @@ def _until_done(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def _bytes_below(folder: Path) -> int:
+    """Bytes of all files below a folder that another process is writing, moving and removing."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # pip moves files as it goes
-            continue
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.path.getsize(os.path.join(directory, name))
     return total

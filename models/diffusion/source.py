@@ -40,7 +40,7 @@ def resolve_source(source: str, revision: str | None, cache_dir: Path) -> Source
     """
     if source in registry.ROOTS:
         version = read_manifest(registry.ROOTS[source]).version
-        return Source(source, registry.bundle_path(source, cache_dir), version)
+        return Source(source, registry.bundle_path(source, cache_dir, roots=registry.ROOTS), version)
     path = Path(source).expanduser()
     if path.is_dir():
         return Source(path.resolve().name, path, "local")
