@@ -3,8 +3,8 @@
     python bench/samplers.py [--only differences|times]
 
 Differences are those of the final latents over their largest absolute value, the worst of 1, 2, 4, 10, 25 and 50 steps,
-with and without Karras spacing, eta 0 and 0.7. They need diffusers. Times need neither diffusers nor a GPU; on a GPU the
-Triton kernel is first checked against the torch reference.
+with and without Karras spacing, eta 0 and 0.7. They need diffusers. Times need neither diffusers nor a GPU; the CPU's
+are of one thread, and on a GPU the Triton kernel is first checked against the torch reference.
 """
 
 from __future__ import annotations
@@ -69,24 +69,27 @@ def difference_table() -> None:
     )
 
 
-def median_us(action: Callable[[], object], device: str, runs: int = 200) -> float:
-    """Median microseconds of one call; on a GPU by its own events, so that the host's launching does not count."""
-    for _ in range(10):
+def median_us(action: Callable[[], object], runs: int = 200) -> float:
+    """Median microseconds from the call until its result is there, launching included."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times = []
+    for _ in range(runs + 10):
+        wait()
+        start = time.perf_counter()
         action()
-    if device == "cpu":
-        times = []
-        for _ in range(runs):
-            start = time.perf_counter()
+        wait()
+        times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times[10:])
+
+
+def device_us(action: Callable[[], object], calls: int = 100) -> float:
+    """Microseconds of one call on the GPU alone: a CUDA graph of many, so that launching does not count."""
+    action()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
             action()
-            times.append((time.perf_counter() - start) * 1e6)
-        return statistics.median(times)
-    spans = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
-    for before, after in spans:
-        before.record()
-        action()
-        after.record()
-    torch.cuda.synchronize()
-    return statistics.median(before.elapsed_time(after) * 1e3 for before, after in spans)
+    return median_us(graph.replay, 20) / calls
 
 
 def batch(shape: tuple[int, int, int], device: str) -> dict[str, torch.Tensor]:
@@ -117,24 +120,26 @@ def check_kernel(shape: tuple[int, int, int]) -> float:
 
 
 def time_table(device: str) -> None:
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n{name}, torch {torch.__version__}, batch of {BATCH}, median of 200")
+    torch.set_num_threads(1)
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU, one thread"
+    print(f"\n{name}, torch {torch.__version__}, batch of {BATCH}, median of 200, in µs")
 
     def rows() -> Iterable[list[str]]:
         for shape in ((4, 32, 32), (4, 64, 64), (4, 128, 128)):
             tensors = batch(shape, device)
-            noise = median_us(partial(gaussian, tensors["seeds"], tensors["rows"], shape, device), device)
-            reference = median_us(partial(sampler_step_reference, **tensors), device)
+            noise = median_us(partial(gaussian, tensors["seeds"], tensors["rows"], shape, device))
+            reference = median_us(partial(sampler_step_reference, **tensors))
             row = ["x".join(map(str, shape)), f"{noise:.0f}", f"{reference:.0f}"]
             if device == "cuda":
                 difference = check_kernel(shape)
-                kernel = median_us(partial(sampler_step, **tensors), device)
-                row += [f"{kernel:.0f}", f"{reference / kernel:.1f}", f"{difference:.1e}"]
+                kernel = partial(sampler_step, **tensors)
+                called = median_us(kernel)
+                row += [f"{called:.0f}", f"{device_us(kernel):.1f}", f"{reference / called:.0f}x", f"{difference:.1e}"]
             yield row
 
-    header = ["latent", "noise alone, µs", "update in torch, µs"]
+    header = ["latent", "noise in torch", "update in torch"]
     if device == "cuda":
-        header += ["update in Triton, µs", "times faster", "largest difference"]
+        header += ["update in Triton", "of it on the device", "speed-up", "largest difference"]
     print_table(header, rows())
 
 

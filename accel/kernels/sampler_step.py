@@ -22,8 +22,9 @@ def sampler_step(
 ) -> None:
     """Advance the pictures of a batch by one row of their plans, in place.
 
-    Where c = 0 `previous` is not read, so what an earlier owner left in the slot does no harm; where s = 0 no noise is
-    drawn.
+    Where a = 0 or c = 0, x or `previous` is not read, so what an earlier owner left in the slot does no harm; where
+    s = 0 no noise is drawn. A picture therefore starts with coefficients (0, 0, 0, init_scale), row INITIAL_ROW and
+    `denoised` of zeros.
 
     Args:
         x, previous: [S, C, h, w] float32, contiguous, the latent slots of one resolution; written at `slots`.
@@ -54,7 +55,7 @@ def sampler_step_reference(
     """The update in plain torch, for any device. On a GPU it waits to read back which rows draw noise."""
     denoised = denoised.float()
     a, b, c, s = coefficients.view(-1, 4, 1, 1, 1).unbind(1)
-    updated = a * x[slots] + b * denoised
+    updated = torch.where(a != 0, a * x[slots], 0.0) + b * denoised
     with_history = coefficients[:, 2].nonzero().flatten()
     if len(with_history):
         updated[with_history] += c[with_history] * previous[slots[with_history]]

@@ -67,7 +67,9 @@ def _kernel(
     inside = elements < size
     at_slot = slot * size + elements
     denoised = tl.load(denoised_ptr + row.to(tl.int64) * size + elements, mask=inside, other=0.0).to(tl.float32)
-    updated = a * tl.load(x_ptr + at_slot, mask=inside, other=0.0) + b * denoised
+    updated = b * denoised
+    if a != 0:
+        updated += a * tl.load(x_ptr + at_slot, mask=inside, other=0.0)
     if c != 0:
         updated += c * tl.load(previous_ptr + at_slot, mask=inside, other=0.0)
     if s != 0:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -118,6 +119,7 @@ def combinations() -> list[tuple[str, str, str]]:
     return [*rows, ("consistency", "consistency", "leading")]
 
 
+@cache
 def toy_network(dtype: torch.dtype) -> Network:
     """A fixed nonlinear function of x and t: [B, C, h, w] -> the same."""
     generator = torch.Generator().manual_seed(5)
@@ -206,10 +208,11 @@ class _DoubleTorch:
         return getattr(torch, name)
 
 
-def _draws(seed: int, steps: int) -> Iterator[torch.Tensor]:
+@cache
+def _draws(seed: int, steps: int) -> tuple[torch.Tensor, ...]:
     """The initial noise, then one draw for each row: steps + 1 of [1, C, h, w] float64."""
     rows = torch.arange(INITIAL_ROW, steps)
-    return iter(gaussian(torch.full_like(rows, seed), rows, SHAPE).double().split(1))
+    return gaussian(torch.full_like(rows, seed), rows, SHAPE).double().split(1)
 
 
 class Differences(NamedTuple):

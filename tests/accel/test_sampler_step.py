@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from accel.kernels.sampler_step import sampler_step, sampler_step_reference
-from accel.samplers.noise import gaussian
+from accel.samplers.noise import INITIAL_ROW, gaussian
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel's module is imported
@@ -100,3 +100,17 @@ def test_what_an_earlier_owner_left_does_no_harm(step: Callable[..., None]) -> N
     after = run(step, tensors)
     assert after["finite"].all()
     assert after["x"].isfinite().all()
+
+
+@pytest.mark.parametrize("step", [sampler_step_reference, sampler_step_triton])
+def test_a_picture_starts_with_noise_alone(step: Callable[..., None]) -> None:
+    tensors = batch((4, 8, 8))
+    tensors["x"].fill_(torch.nan)
+    tensors["previous"].fill_(torch.inf)
+    tensors["denoised"].zero_()
+    tensors["rows"].fill_(INITIAL_ROW)
+    tensors["coefficients"] = torch.tensor([[0.0, 0.0, 0.0, 0.5]] * 4, device=DEVICE)
+    after = run(step, tensors)
+    initial = gaussian(tensors["seeds"], INITIAL_ROW, (4, 8, 8), DEVICE)
+    torch.testing.assert_close(after["x"][tensors["slots"]], 0.5 * initial, rtol=2e-6, atol=2e-6)
+    assert after["finite"].all()
