@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import signal
+import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
+from service import logs
 from service.api import generate, images, ops
 from service.api.middleware import ApiKey, BodyLimit, Envelope
 from service.api.replies import on_headstart_error, on_http_exception
+from service.api.server import Server, listen
 from service.api.state import Service
 from service.config import Settings, version
 from service.errors import HeadstartError
@@ -21,6 +27,7 @@ from service.metrics import Metrics
 if TYPE_CHECKING:
     from service.runtime import Runtime
 
+log = logging.getLogger(__name__)
 Opener = Callable[[Settings, Metrics], "Runtime"]
 
 
@@ -70,3 +77,42 @@ async def _load(
         return
     service.open(runtime)
     on_ready(runtime.card.name)
+
+
+def serve(settings: Settings, begun: float) -> None:
+    """Listen, load the model, and answer until SIGTERM or SIGINT.
+
+    Args:
+        begun: when the process began, by time.monotonic(); "ready" tells the seconds since then.
+
+    Raises:
+        SetupError: the address cannot be listened on.
+        ModelError, HeadstartError: the model cannot be loaded, or cannot draw.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn takes over while it runs, and then raises it again
+    listener = listen(settings.server)
+    failures: list[Exception] = []
+
+    def on_failure(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    def on_ready(model: str) -> None:
+        log.info("ready after %.1f s, serving %s", time.monotonic() - begun, model)
+
+    def opener(settings: Settings, metrics: Metrics) -> Runtime:
+        from service.runtime import open_warm_runtime  # loads torch, in a thread, while the port answers
+
+        runtime = open_warm_runtime(settings, metrics)
+        logs.setup(settings.log)  # the libraries that came with it have made handlers of their own
+        return runtime
+
+    app = create_app(settings, opener, on_ready, on_failure)
+    server = Server(app, app.state.service)
+    host, port = listener.getsockname()[:2]
+    log.info("listening on http://%s:%d, loading the model", f"[{host}]" if ":" in host else host, port)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        if failures:
+            raise failures[0]

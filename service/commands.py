@@ -16,7 +16,7 @@ BEGUN = time.monotonic()
 def serve(chosen: argparse.Namespace) -> int:
     settings = _settings(chosen)
     from service import logs
-    from service.serve import serve
+    from service.app import serve
 
     logs.setup(settings.log)
     serve(settings, BEGUN)

@@ -12,8 +12,9 @@ import httpx
 import numpy as np
 
 from models.diffusion.model import ModelCard, SamplerDefaults
+from service.api.server import Server, listen
 from service.api.state import Service
-from service.app import create_app
+from service.app import Opener, create_app
 from service.bridge import Bridge
 from service.config import EngineSettings, ServerSettings, Settings
 from service.diffusion.request import (
@@ -31,7 +32,6 @@ from service.diffusion.request import (
 from service.errors import HeadstartError, NonFiniteError
 from service.metrics import Metrics
 from service.runtime import Runtime
-from service.serve import Server, listen
 
 CARD = ModelCard(
     name="fake",
@@ -136,7 +136,6 @@ def settings(**changes: object) -> Settings:
 @contextlib.contextmanager
 def serving(step_s: float = 0.001, loading: threading.Event | None = None, **changes: object) -> Iterator[Running]:
     """Serve the fake engine in a thread; ready when it yields or, if `loading` is given, once that is set."""
-    chosen = settings(**changes)
     engine = FakeEngine(step_s)
 
     def opener(given: Settings, metrics: Metrics) -> Runtime:
@@ -146,20 +145,28 @@ def serving(step_s: float = 0.001, loading: threading.Event | None = None, **cha
         bridge.start()
         return Runtime(CARD, bridge, given.engine)
 
+    with listening(settings(**changes), opener, ready=loading is None) as (url, server):
+        yield Running(url, int(url.rpartition(":")[2]), engine, server.service, server)
+
+
+@contextlib.contextmanager
+def listening(chosen: Settings, opener: Opener, ready: bool = True) -> Iterator[tuple[str, Server]]:
+    """Serve on a free port in a thread, and wait until requests are taken if `ready`."""
+
     def on_failure(error: Exception) -> None:
         raise error
 
     app = create_app(chosen, opener, lambda model: None, on_failure)
-    server = Server(app, chosen.server)
+    server = Server(app, app.state.service)
     listener = listen(dataclasses.replace(chosen.server, port=0))
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
-    running = Running(f"http://127.0.0.1:{port}", port, engine, app.state.service, server)
+    url = f"http://127.0.0.1:{port}"
     try:
-        while loading is None and httpx.get(f"{running.url}/health/ready").status_code != 200:
+        while ready and httpx.get(f"{url}/health/ready").status_code != 200:
             time.sleep(0.005)
-        yield running
+        yield url, server
     finally:
         server.should_exit = True
         thread.join(30)

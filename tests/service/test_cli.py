@@ -268,7 +268,7 @@ def test_serve_from_start_to_sigterm(serving: tuple[subprocess.Popen[str], str])
     process, url = serving
     assert process.stderr is not None
     first = process.stderr.readline()
-    assert first.endswith(f"INFO service.serve: listening on {url}, loading the model\n")
+    assert first.endswith(f"INFO service.app: listening on {url}, loading the model\n")
     assert httpx.get(f"{url}/health").status_code == 200
     assert httpx.get(f"{url}/health/ready").status_code == 503
     port = url.rpartition(":")[2]
@@ -281,7 +281,7 @@ def test_serve_from_start_to_sigterm(serving: tuple[subprocess.Popen[str], str])
     while not lines or "ready" not in lines[-1].split(": ", 1)[1].split()[0]:
         lines.append(process.stderr.readline())
         assert lines[-1], "the server ended"
-    assert re.search(r"INFO service.serve: ready after \d+\.\d s, serving ", lines[-1])
+    assert re.search(r"INFO service.app: ready after \d+\.\d s, serving ", lines[-1])
     command = '{"prompt": "a red apple", "num_inference_steps": 2}'
     reply = httpx.post(f"{url}/generate", content=command, headers={"Accept": "image/png"}, timeout=60)
     assert (reply.status_code, reply.headers["content-type"]) == (200, "image/png")

@@ -1,0 +1,50 @@
+"""A port to listen on, and uvicorn on it."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from service.api.state import Service
+from service.bridge import ABORT_S
+from service.config import ServerSettings
+from service.errors import SetupError
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """A listening socket. Raises SetupError when the address is taken, not ours, or unknown."""
+    try:
+        family, *_ = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except socket.gaierror as error:
+        reason = error.strerror or "unknown host"
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+    except UnicodeError:
+        reason = "not a host name"
+    raise SetupError(f"cannot listen on {settings.host} port {settings.port}: {reason}; try another --host or --port")
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which tells the service when a shutdown begins, so that every running request gets a reply."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        grace = int(service.settings.server.shutdown_grace_s + ABORT_S) + 5  # the service's own end comes first
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=grace,
+            )
+        )
+        self.service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.service.begin_drain()
+        await super().shutdown(sockets)
