@@ -1,7 +1,7 @@
 """The only code that touches the model: encode, begin, run, preview, decode. Called from the engine's thread alone.
 
-Nothing here waits for the device except `preview` and `decode`, which need their pictures on the host, and `run`, which
-keeps the host from racing more than two ticks ahead of the device.
+`run` queues work and does not wait for the device, except to keep the host from racing more than two ticks ahead of it.
+`preview` and `decode` wait: they bring pictures to the host.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from accel.kernels.sampler_step import sampler_step
 from accel.memory.latents import LatentSlots
 from accel.samplers.noise import INITIAL_ROW, gaussian
+from models.diffusion.denoiser import to_device
 from models.diffusion.model import Condition, Denoiser, DiffusionModel, as_array
 from models.errors import ModelError
 from service.diffusion.picture import Bucket, Picture, Tick
@@ -27,6 +28,7 @@ from service.errors import HeadstartError, NonFiniteError, OutOfMemoryError
 
 log = logging.getLogger(__name__)
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of drivers, the CPU's allocator, cuBLAS
 CEILING_TICKS = 1000  # a batch ceiling is tried again after so many ticks: the memory's other user may have left
 
 
@@ -82,11 +84,13 @@ class Runner:
                 (first.width, first.height),
             )
         except Exception as error:
-            raise explained(error, "encoding the prompt") from error
-        return [
-            replace(condition, class_label=request.class_label)
-            for condition, request in zip(conditions, requests, strict=True)
-        ]
+            reason = explained(error, "encoding the prompt")
+        else:
+            return [
+                replace(condition, class_label=request.class_label)
+                for condition, request in zip(conditions, requests, strict=True)
+            ]
+        raise reason  # out here it does not hold the frames, and with them the memory, of what failed
 
     @torch.inference_mode()
     def begin(self, pictures: Sequence[Picture]) -> None:
@@ -187,7 +191,7 @@ class Runner:
         return self._send([picture.slot for picture in pictures])
 
     def _send(self, values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values).to(self._model.device)
+        return to_device(torch.tensor(values), self._model.device)
 
     def _free_memory(self) -> None:
         if self._model.device.type == "cuda":
@@ -200,12 +204,12 @@ def explained(error: Exception, doing: str) -> HeadstartError:
     Raises:
         torch.AcceleratorError: the device itself has failed, and with it everything that this process has on it.
     """
-    if isinstance(error, torch.AcceleratorError):
-        raise error
     if isinstance(error, HeadstartError):
         return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
         return OutOfMemoryError(f"out of memory in {doing}")
+    if isinstance(error, torch.AcceleratorError):
+        raise error
     if isinstance(error, ModelError):
         return HeadstartError(f"{doing} failed: {error}")
     log.error("%s failed", doing, exc_info=error)

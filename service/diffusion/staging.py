@@ -66,7 +66,7 @@ class Staging:
     def mark(self) -> None:
         """All work that reads the rows last sent has been given to the device."""
         if self._done:
-            self._done[self._turn].record()
+            self._done[self._turn].record(torch.cuda.current_stream(self._device))
 
     def wait(self) -> None:
         """Until the device has finished the tick last sent."""

@@ -189,6 +189,17 @@ def test_a_reader_that_goes_away_aborts_its_request(leave):
     on_bridge(body)
 
 
+def test_a_stream_left_unread_does_not_abort_a_later_request_of_the_same_id():
+    async def body(bridge: Bridge, model: ToyModel) -> None:
+        old = bridge.submit(request())
+        await until(lambda: bridge.stats[:2] == (0, 0))
+        new = bridge.submit(request(steps=50))
+        await old.aclose()
+        assert isinstance((await events_of(new))[-1], Completed)
+
+    on_bridge(body)
+
+
 def test_a_slow_reader_keeps_the_latest_progress_and_every_image():
     async def body(bridge: Bridge, model: ToyModel) -> None:
         stream = bridge.submit(request(n=3, steps=150, partial_images=2))

@@ -104,12 +104,21 @@ def test_a_row_that_does_not_fit_alone_fails_its_request():
     assert_still_works(engine)
 
 
-def test_the_cpu_allocator_runs_out_of_memory_too():
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        MemoryError(),
+    ],
+)
+def test_memory_runs_out_under_other_names_too(error):
     model = ToyModel()
 
     def allocate(network, conditions):
         if len(conditions) > 1:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+            raise error
 
     model.on_call = allocate
     _, events = run(model, [request(n=4)])

@@ -81,9 +81,16 @@ class ToyModel:
             if prompt in self.unencodable:
                 raise RuntimeError("the text encoder fell over")
         return [
-            Condition(_states(prompt), _states(negative) if scale > 1 and sampler != "lcm" else None, scale)
+            Condition(self._text(prompt), self._text(negative) if scale > 1 and sampler != "lcm" else None, scale)
             for (prompt, negative), scale in zip(prompts, guidance_scales, strict=True)
         ]
+
+    def _text(self, prompt: str) -> TextStates:
+        if prompt.startswith("poison"):
+            return TextStates(torch.full((1, CHANNELS), float("nan")))
+        codes = torch.tensor([ord(character) for character in prompt] or [0], dtype=torch.float32)
+        states = torch.stack([(codes / 50).sin().mean(), (codes / 20).cos().mean()])
+        return TextStates(states.view(1, CHANNELS) + sum(scale for _, scale in self.loras))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         self.decoded.append(len(latents))
@@ -137,13 +144,6 @@ class ToyDenoiser:
         if condition.positive.hidden.isnan().any():
             return estimate * float("nan")
         return estimate
-
-
-def _states(prompt: str) -> TextStates:
-    if prompt.startswith("poison"):
-        return TextStates(torch.full((1, CHANNELS), float("nan")))
-    codes = torch.tensor([ord(character) for character in prompt] or [0], dtype=torch.float32)
-    return TextStates(torch.stack([(codes / 50).sin().mean(), (codes / 20).cos().mean()]).view(1, CHANNELS))
 
 
 def request(id: str = "a", **changes: object) -> ImageRequest:
