@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from accel.samplers.betas import BETA_SCHEDULES, betas_of, rescale_zero_snr_betas
+
 Array = npt.NDArray[np.float64]
 Scalar = TypeVar("Scalar", int, float, str)
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("leading", "trailing", "linspace")
 SMALLEST_ALPHA_CUMPROD = 2.0**-24  # stands in for zero terminal SNR where a sampler divides by alpha
 
@@ -89,9 +90,9 @@ class NoiseSchedule:
         if trained_betas is not None:
             betas = torch.tensor(trained_betas, dtype=torch.float32)
         else:
-            betas = _betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
+            betas = betas_of(beta_schedule, beta_start, beta_end, num_train_timesteps)
         if rescale_zero_snr:
-            betas = _rescale_zero_snr(betas)
+            betas = rescale_zero_snr_betas(betas)
         alphas_cumprod = torch.cumprod(1.0 - betas, dim=0).double().numpy()
         return cls(alphas_cumprod, beta_schedule=beta_schedule, **fields)
 
@@ -276,24 +277,6 @@ def karras_sigmas(sigma_max: float, sigma_min: float, ramp: Array, rho: float = 
 def in_float32(values: Array) -> Array:
     """Round to float32's digits, where schedulers keep a table in float32."""
     return values.astype(np.float32).astype(np.float64)
-
-
-def _betas(beta_schedule: str, start: float, end: float, total: int) -> torch.Tensor:
-    if beta_schedule == "linear":
-        return torch.linspace(start, end, total, dtype=torch.float32)
-    if beta_schedule == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, total, dtype=torch.float32) ** 2
-    # Nichol & Dhariwal 2021, equation 17, betas capped at 0.999.
-    signal = [math.cos((i / total + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(total + 1)]
-    return torch.tensor([min(1 - after / before, 0.999) for before, after in pairwise(signal)], dtype=torch.float32)
-
-
-def _rescale_zero_snr(betas: torch.Tensor) -> torch.Tensor:
-    """Shift and scale sqrt(alphas_cumprod) to end at 0 and to start where it did. Lin et al. 2023, algorithm 1."""
-    roots = torch.cumprod(1.0 - betas, dim=0).sqrt()
-    first, last = roots[0].clone(), roots[-1].clone()
-    alphas_cumprod = ((roots - last) * (first / (first - last))) ** 2
-    return 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
 
 
 def _entry(config: Mapping[str, Any], name: str, kind: type[Scalar]) -> Scalar:

@@ -12,10 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from accel.kernels.sampler_step import sampler_step
+from accel.samplers.betas import BETA_SCHEDULES
 from accel.samplers.library import SAMPLERS, build_plan, first_row_at
 from accel.samplers.noise import INITIAL_ROW, gaussian
 from accel.samplers.plans import Plan
-from accel.samplers.schedules import BETA_SCHEDULES, SPACINGS, ConsistencySchedule, NoiseSchedule
+from accel.samplers.schedules import SPACINGS, ConsistencySchedule, NoiseSchedule
 from tests.accel.against_diffusers import (
     SHAPE,
     Case,

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accel.samplers.schedules import BETA_SCHEDULES, ConsistencySchedule, NoiseSchedule, spaced_timesteps
+from accel.samplers.betas import BETA_SCHEDULES
+from accel.samplers.schedules import ConsistencySchedule, NoiseSchedule, spaced_timesteps
 
 SD_CONFIG = {
     "_class_name": "PNDMScheduler",
