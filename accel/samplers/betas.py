@@ -1,4 +1,4 @@
-"""The variances that the forward process adds at each training timestep, in float32 as networks are trained with them."""
+"""The variances that the forward process adds at each training timestep, in float32 as networks are trained."""
 
 from __future__ import annotations
 
