@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -11,8 +12,13 @@ from accel.samplers.schedules import NoiseSchedule
 from models.diffusion.denoiser import ConsistencyDenoiser, TextDenoiser
 from models.diffusion.lora import LoraSet
 from models.diffusion.model import Condition, ModelCard, TextStates
-from models.diffusion.text import TextEncoder
 from models.diffusion.vae import Decoder
+
+
+class PromptEncoder(Protocol):
+    """Prompts to text states; `variant` tells apart the states of one prompt under different LoRA sets."""
+
+    def encode(self, prompts: Sequence[str], variant: Hashable = None) -> list[TextStates]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,7 @@ class LoadedModel:
     networks: Mapping[str, TextDenoiser | ConsistencyDenoiser]
     decoder: Decoder
     loras: LoraSet
-    text: TextEncoder | None = None
+    text: PromptEncoder | None = None
     zero_negative: bool = False
 
     def denoiser(self, sampler: str) -> TextDenoiser | ConsistencyDenoiser:

@@ -119,8 +119,16 @@ def test_stock_pipelines_load_and_agree_with_ours(finished: tuple[Run, Path]) ->
         prompt, latents=noise, num_inference_steps=1, guidance_scale=2.0, output_type="latent",
         height=PRESET.resolution, width=PRESET.resolution,
     ).images  # fmt: skip
-    ours = sample_lcm(models._student, states, PRESET.latent, RANKS, guidance=2.0,
-                      guidance_width=PRESET.guidance_width, seed=5, steps=1)
+    ours = sample_lcm(
+        models._student,
+        states,
+        PRESET.latent,
+        RANKS,
+        guidance=2.0,
+        guidance_width=PRESET.guidance_width,
+        seed=5,
+        steps=1,
+    )
     assert float((ours - theirs).norm() / theirs.norm()) < 2e-2
 
 

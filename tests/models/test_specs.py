@@ -1,0 +1,66 @@
+"""Sizes: parameter counts against the published models, and small random models that draw."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from models.errors import ModelError
+from models.specs import SPECS, random_model
+from tests.models.test_equivalence import draw, noise_for
+
+# Of the published checkpoints' files.
+UNET_PARAMETERS = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}
+VAE_PARAMETERS = 83_653_863
+SMALL = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 4,
+    "sample_size": 8,
+    "layers_per_block": 1,
+}
+
+
+@pytest.mark.parametrize("name", UNET_PARAMETERS)
+def test_published_sizes(name: str) -> None:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**SPECS[name].unet), AutoencoderKL(**SPECS[name].vae)
+    assert sum(weight.numel() for weight in unet.parameters()) == UNET_PARAMETERS[name]
+    assert sum(weight.numel() for weight in vae.parameters()) == VAE_PARAMETERS
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_random_model_draws(name: str) -> None:
+    spec = SPECS[name]
+    unet = dict(spec.unet) | SMALL
+    if spec.kind == "sdxl":
+        unet |= {
+            "transformer_layers_per_block": 1,
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 12,
+        }
+    pooled = 12 if spec.pooled_width else None
+    vae = dict(spec.vae) | {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    model = random_model(replace(spec, unet=unet, vae=vae, pooled_width=pooled), "float32", "cpu")
+    assert model.card.default_size == (64, 64)
+    noise = noise_for(model, 1)
+    for sampler in {model.card.default_sampler, "ddim"}:
+        pictures = []
+        for prompt in ("a cat", "a dog", "a cat"):
+            conditions = model.encode([(prompt, "")], [3.0], sampler, (64, 64))
+            pictures.append(draw(model, sampler, 2, conditions, noise))
+        np.testing.assert_array_equal(pictures[0], pictures[2])
+        assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_unknown_spec() -> None:
+    with pytest.raises(ModelError, match="there is no spec 'sd9'; there are: sd15, sd21, sdxl, headstart-v1"):
+        random_model("sd9")
