@@ -2,8 +2,7 @@
 
 The engine needs `add`, `abort`, `step`, `has_work` and `fail_all`, which are called from the engine's thread only.
 Commands travel to the thread in a list under a condition variable, on which an idle thread sleeps. Events travel back
-through one mailbox a request; a mailbox holds at most one `Progress` a picture, the latest, so that a slow reader costs
-bounded memory and still gets every image.
+through one mailbox a request (`service/stream.py`).
 """
 
 from __future__ import annotations
@@ -13,26 +12,20 @@ import logging
 import math
 import threading
 import time
-import weakref
 from collections.abc import Callable
-from types import TracebackType
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from service.config import EngineSettings
-from service.diffusion.request import Cancelled, Completed, Event, Failed, Progress, Started, Timings
+from service.diffusion.request import Cancelled, Completed, Event, Failed, Started, Timings
 from service.errors import BusyError, ConflictError, HeadstartError, UnavailableError
+from service.stream import Mailbox, Request, RequestStream, is_terminal
+
+__all__ = ["ABORT_S", "Bridge", "Engine", "RequestStream", "Stats"]
 
 log = logging.getLogger(__name__)
 
 ABORT_S = 10.0  # after the grace: how long the engine may take to end its current tick
 MAX_RETRY_AFTER_S = 300
-
-
-class Request(Protocol):
-    @property
-    def id(self) -> str: ...
-    @property
-    def n(self) -> int: ...
 
 
 R_contra = TypeVar("R_contra", bound=Request, contravariant=True)
@@ -54,92 +47,6 @@ class Stats(NamedTuple):
     started_at: float | None
 
 
-class _Mailbox:
-    """Events of one request on their way from the engine's thread to the reader's loop."""
-
-    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
-        self.request = request
-        self.started = False
-        self._loop = loop
-        self._lock = threading.Lock()
-        self._events: list[Event] = []
-        self._filled = asyncio.Event()
-
-    def put(self, event: Event) -> bool:
-        """From any thread. False when the reader's loop is gone."""
-        with self._lock:
-            wake = not self._events
-            if isinstance(event, Progress):
-                self._events = [other for other in self._events if not _same_picture(other, event)]
-            self._events.append(event)
-        if wake:
-            try:
-                self._loop.call_soon_threadsafe(self._filled.set)
-            except RuntimeError:  # the loop is closed
-                return False
-        return True
-
-    async def get(self) -> Event:
-        while True:
-            with self._lock:
-                if self._events:
-                    return self._events.pop(0)
-                self._filled.clear()
-            await self._filled.wait()
-
-
-def _same_picture(event: Event, progress: Progress) -> bool:
-    return isinstance(event, Progress) and event.index == progress.index
-
-
-def _terminal(event: Event) -> bool:
-    return isinstance(event, Completed | Failed | Cancelled)
-
-
-class RequestStream:
-    """The events of one request, ending after Completed, Failed or Cancelled. One reader, on one loop.
-
-    A reader that goes away, by `aclose`, by leaving `async with`, or by dropping the stream, aborts the request.
-    """
-
-    def __init__(self, mailbox: _Mailbox, abort: Callable[[_Mailbox], None]) -> None:
-        self.request_id = mailbox.request.id
-        self._mailbox = mailbox
-        self._ended = False
-        # The mailbox, not its request's id, says whose abort it is: an id may be used again once its request has ended.
-        self._abort = weakref.finalize(self, abort, mailbox)
-        self._abort.atexit = False
-
-    def cancel(self) -> None:
-        """Ask for the request's end; the stream goes on to its terminal event, which may still be Completed."""
-        self._abort()
-
-    async def aclose(self) -> None:
-        """Abort the request unless it is terminal, and end the stream now."""
-        self._ended = True
-        self._abort()
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> Event:
-        if self._ended:
-            raise StopAsyncIteration
-        event = await self._mailbox.get()
-        if _terminal(event):
-            self._ended = True
-            self._abort.detach()
-        return event
-
-    async def __aenter__(self) -> RequestStream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-
 class Bridge(Generic[R_contra]):
     """An engine, its thread, and the requests that are live in it."""
 
@@ -147,7 +54,7 @@ class Bridge(Generic[R_contra]):
         self._engine = engine
         self._max_waiting = settings.max_waiting
         self._condition = threading.Condition()  # guards everything below
-        self._live: dict[str, _Mailbox] = {}
+        self._live: dict[str, Mailbox] = {}
         self._waiting = 0  # pictures of live requests that have not started
         self._running = 0  # pictures of those that have
         self._commands: list[Callable[[], None]] = []
@@ -182,7 +89,7 @@ class Bridge(Generic[R_contra]):
             ConflictError: a request with this id is live.
             UnavailableError: not started, closing, or the engine's thread has died.
         """
-        mailbox = _Mailbox(request, asyncio.get_running_loop())
+        mailbox = Mailbox(request, asyncio.get_running_loop())
         with self._condition:
             if not self._accepting:
                 raise self._error or UnavailableError("the engine is not running")
@@ -203,7 +110,7 @@ class Bridge(Generic[R_contra]):
         """Whole seconds in which so many pictures should leave the queue."""
         return min(MAX_RETRY_AFTER_S, math.ceil(pictures * self._picture_s))
 
-    def _abort(self, mailbox: _Mailbox) -> None:
+    def _abort(self, mailbox: Mailbox) -> None:
         """From any thread; nothing happens when the mailbox's request has ended."""
         request_id = mailbox.request.id
         with self._condition:
@@ -275,13 +182,13 @@ class Bridge(Generic[R_contra]):
             if not mailbox.put(event):
                 self._abort(mailbox)
 
-    def _count(self, mailbox: _Mailbox, event: Event) -> None:
+    def _count(self, mailbox: Mailbox, event: Event) -> None:
         pictures = mailbox.request.n
         if isinstance(event, Started):
             mailbox.started = True
             self._waiting -= pictures
             self._running += pictures
-        if _terminal(event):
+        if is_terminal(event):
             del self._live[event.request_id]
             if mailbox.started:
                 self._running -= pictures
