@@ -136,20 +136,20 @@ def quiet_libraries() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    bars = transformers_logging.is_progress_bar_enabled()
-    before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     try:
-        for library, _ in before:
+        for library in libraries:
             library.set_verbosity(library.CRITICAL)
-        transformers_logging.disable_progress_bar()
+            library.disable_progress_bar()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for library, verbosity in before:
+        for library, verbosity, bars in before:
             library.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+            if bars:
+                library.enable_progress_bar()
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

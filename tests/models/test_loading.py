@@ -93,7 +93,7 @@ def test_dtype_of_every_part(tmp_path: Path, dtype: str) -> None:
     assert model.decoder._vae.dtype == (torch.float32 if dtype == "float16" else expected)  # type: ignore[attr-defined]
 
 
-def test_sharded_weights(folder: Path) -> None:
+def test_sharded_weights(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     state = load_file(folder / "unet" / WEIGHTS)
     keys = sorted(state)
     halves = {"a": keys[: len(keys) // 2], "b": keys[len(keys) // 2 :]}
@@ -105,6 +105,7 @@ def test_sharded_weights(folder: Path) -> None:
     (folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     (folder / "unet" / WEIGHTS).unlink()
     assert load(folder).card.kind == "sd"
+    assert capfd.readouterr() == ("", "")
     (folder / "unet" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ModelError, match=r"00002-of-00002\.safetensors is missing"):
         load(folder)
