@@ -258,7 +258,9 @@ class CaptionWriter:
         bounds = {Slot.PREFIX: (0.6, 0.78), Slot.MANNER: (0.78, 0.88), Slot.AFTER: (0.88, 1.01)}
         for slot, (low, high) in bounds.items():
             here = scenes.styled & (place >= low) & (place < high)
-            said = torch.where(scenes.style == 0, self._by_style[slot][0].draw(count), self._by_style[slot][1].draw(count))
+            said = torch.where(
+                scenes.style == 0, self._by_style[slot][0].draw(count), self._by_style[slot][1].draw(count)
+            )
             out[slot] = torch.where(here, said, out[slot])
         said = torch.where(scenes.styled & (place < 0.6), self._styles[scenes.style], 0)
         out[Slot.STYLE] = said
@@ -272,7 +274,9 @@ class CaptionWriter:
         backwards = pair & (torch.rand(count, device=kind.device) < 0.25)
         first = torch.where(backwards, scenes.second, scenes.first)
         second = torch.where(backwards, scenes.first, scenes.second)
-        out[Slot.RELATION] = torch.where(pair, torch.where(backwards, self._right.draw(count), self._left.draw(count)), 0)
+        out[Slot.RELATION] = torch.where(
+            pair, torch.where(backwards, self._right.draw(count), self._left.draw(count)), 0
+        )
         size = torch.where(kind == SMALL, self._small.draw(count), 0)
         out[Slot.SIZE] = torch.where(scenes.large, self._large.draw(count), size)
         out[Slot.FILLER] = self._filler.draw(count)
@@ -335,5 +339,3 @@ def vocabulary(concepts: Sequence[Concept], phrases: Phrases) -> list[str]:
     """Every single word of the phrase table, for a tiny tokenizer."""
     words = " ".join([*phrases.texts, *(w for c in concepts for w in (*c.synonyms, *c.unseen))])
     return sorted(set(words.replace("-", " - ").replace(",", " , ").replace(".", " . ").replace("'", " ' ").split()))
-
-

@@ -32,8 +32,14 @@ class Compiled:
     """
 
     def __init__(
-        self, function: Callable[..., Any], name: str, ranks: Ranks, *, backward: bool = False,
-        clear: Callable[[], None] | None = None, shared: bool = True,
+        self,
+        function: Callable[..., Any],
+        name: str,
+        ranks: Ranks,
+        *,
+        backward: bool = False,
+        clear: Callable[[], None] | None = None,
+        shared: bool = True,
     ) -> None:
         rehearsal = LEAVE_MARKERS in os.environ
         compiles = enabled(ranks) and (shared or not rehearsal)
@@ -64,8 +70,9 @@ class Compiled:
             result = self._run(*arguments)
             torch.cuda.synchronize()
         except Exception as error:  # whatever the compiler raises, eager still trains
-            self._ranks.warn(f"compiling '{self._name}' failed, running it EAGERLY: {type(error).__name__}: "
-                             f"{str(error)[:2000]}")
+            self._ranks.warn(
+                f"compiling '{self._name}' failed, running it EAGERLY: {type(error).__name__}: {str(error)[:2000]}"
+            )
             self._function = self._eager
             if self._clear is not None:
                 self._clear()
@@ -83,7 +90,9 @@ class Compiled:
         folder, began = Path(os.environ[AWAIT_MARKERS]), time.time()
         while not ((folder / self._name).exists() or (folder / OVER).exists()):
             if time.time() - began > _PATIENCE:
-                self._ranks.warn(f"the rehearsal has not compiled '{self._name}' in {_PATIENCE:.0f} s; compiling it here")
+                self._ranks.warn(
+                    f"the rehearsal has not compiled '{self._name}' in {_PATIENCE:.0f} s; compiling it here"
+                )
                 return
             time.sleep(0.5)
         self._ranks.log(f"waited {time.time() - began:.0f} s for the rehearsal to compile '{self._name}'")

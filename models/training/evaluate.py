@@ -27,7 +27,12 @@ class Models:
     """The trained networks ready to draw: text states in, pictures out."""
 
     def __init__(
-        self, preset: Preset, ranks: Ranks, tower: TextTower, vae: AutoencoderKL, teacher: FixedBatch,
+        self,
+        preset: Preset,
+        ranks: Ranks,
+        tower: TextTower,
+        vae: AutoencoderKL,
+        teacher: FixedBatch,
         student: FixedBatch,
     ) -> None:
         self.ranks, self.tower, self.vae = ranks, tower, vae
@@ -76,7 +81,9 @@ def held_out_scenes(stage: Stage, kind: int, count: int, seed: int, *, gradient:
     second = (first + second) % len(stage.concepts) if kind == PAIR else first
     bottom = top
     if gradient:
-        bottom = (top + torch.from_numpy(rng.integers(1, len(COLOUR_NAMES), count)).to(stage.device)) % len(COLOUR_NAMES)
+        bottom = (top + torch.from_numpy(rng.integers(1, len(COLOUR_NAMES), count)).to(stage.device)) % len(
+            COLOUR_NAMES
+        )
     yes, no = (torch.full((count,), flag, device=stage.device) for flag in (True, False))
     return Scenes(torch.full((count,), kind, device=stage.device), first, second, style, top, bottom, yes, yes, no)
 
@@ -109,8 +116,10 @@ class Evaluation:
         right, coloured, both, total = self._ranks.sum(counts).tolist()
         row = {"concept": 100 * right / total, "colour": 100 * coloured / total, "both": 100 * both / total, "n": total}
         self.results.setdefault(sampler, {})[group] = row
-        self._ranks.log(f"eval {sampler:16s} {group:14s} concept {row['concept']:5.1f} colour {row['colour']:5.1f} "
-                        f"both {row['both']:5.1f} n {total:.0f}")
+        self._ranks.log(
+            f"eval {sampler:16s} {group:14s} concept {row['concept']:5.1f} colour {row['colour']:5.1f} "
+            f"both {row['both']:5.1f} n {total:.0f}"
+        )
 
     def _mine(self, scenes: Scenes, prompts: list[str]) -> tuple[Scenes, torch.Tensor]:
         """This rank's rows and their text states."""
@@ -131,7 +140,9 @@ class Evaluation:
                 self.score(f"ddim-50 g{guidance:g}", name, self._models.ddim(guidance, seed)(states), mine)
             for steps in LCM_STEPS:
                 for guidance in LCM_GUIDANCE:
-                    self.score(f"lcm-{steps} g{guidance:g}", name, self._models.lcm(steps, guidance, seed)(states), mine)
+                    self.score(
+                        f"lcm-{steps} g{guidance:g}", name, self._models.lcm(steps, guidance, seed)(states), mine
+                    )
         self._words(count, seed)
         return self.results
 

@@ -33,7 +33,7 @@ _SCHEDULE: dict[str, Any] = {
 
 def teacher_scheduler() -> DDIMScheduler:
     """DDIM as the teacher was trained for."""
-    return DDIMScheduler(**_SCHEDULE, timestep_spacing="trailing", steps_offset=0)
+    return DDIMScheduler(**_SCHEDULE, timestep_spacing="trailing", steps_offset=1)
 
 
 def student_scheduler() -> LCMScheduler:
@@ -51,7 +51,9 @@ def _output(unet: UNet2DConditionModel, preset: Preset, text_width: int, device:
 
     noisy, states = random(4, 4, preset.latent, preset.latent), random(4, LENGTH, text_width)
     omega = torch.linspace(0, 6, 4, device=device)
-    guidance = guidance_embedding(omega, preset.guidance_width).to(unet.dtype) if unet.config.time_cond_proj_dim else None
+    guidance = (
+        guidance_embedding(omega, preset.guidance_width).to(unet.dtype) if unet.config.time_cond_proj_dim else None
+    )
     timestep = torch.tensor([999, 700, 300, 20], device=device)
     output: torch.Tensor = unet(noisy, timestep, states, timestep_cond=guidance, return_dict=False)[0].float()
     return output
@@ -96,8 +98,13 @@ def export_vae(weights: dict[str, Any], folder: Path, preset: Preset, ranks: Ran
 
 
 def export_bundle(
-    folder: Path, preset: Preset, text_width: int, vae: dict[str, Any], teacher: dict[str, Any],
-    student: dict[str, Any], ranks: Ranks,
+    folder: Path,
+    preset: Preset,
+    text_width: int,
+    vae: dict[str, Any],
+    teacher: dict[str, Any],
+    student: dict[str, Any],
+    ranks: Ranks,
 ) -> dict[str, dict[str, float]]:
     """Write unet/, unet_lcm/, vae/, scheduler/ and scheduler_lcm/ under `folder`."""
     figures = {

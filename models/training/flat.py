@@ -18,7 +18,12 @@ class FlatOptimizer:
     """AdamW with gradient clipping and an exponential moving average over a network's flattened parameters."""
 
     def __init__(
-        self, network: nn.Module, ranks: Ranks, *, betas: tuple[float, float] = (0.9, 0.99), decay: float = 0.0,
+        self,
+        network: nn.Module,
+        ranks: Ranks,
+        *,
+        betas: tuple[float, float] = (0.9, 0.99),
+        decay: float = 0.0,
         average: float,
     ) -> None:
         self.ranks = ranks

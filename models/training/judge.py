@@ -61,8 +61,10 @@ def train_judge(preset: Preset, stage: Stage, ranks: Ranks, checkpoints: Checkpo
             elapsed = clock.read(step)
             checkpoints.keep("judge", optimizer, clock, step)
             if step == 1 or step % preset.log_every == 0:
-                ranks.log(f"judge {step} loss {loss.item():.3f} accuracy {torch.stack(hits).mean().item():.4f} "
-                          f"{step * batch * ranks.size / (time.time() - began):.0f} pictures/s")
+                ranks.log(
+                    f"judge {step} loss {loss.item():.3f} accuracy {torch.stack(hits).mean().item():.4f} "
+                    f"{step * batch * ranks.size / (time.time() - began):.0f} pictures/s"
+                )
         averaged = build_classifier(len(stage.concepts)).to(ranks.device)
         optimizer.copy_to(averaged, optimizer.ema)
         checkpoints.save("judge", {"weights": averaged.state_dict()}, finished=True)
@@ -108,5 +110,3 @@ class Judge:
             mean = (left.mean((2, 3)) + far.mean((2, 3))) / 2
             right &= torch.cdist((mean + 1) / 2, self._stage.colours).argmin(1) == expected
         return right
-
-

@@ -42,8 +42,13 @@ class StudentLoss(nn.Module):
         self.velocity = Velocity(unet, dtype)
 
     def forward(
-        self, noisy: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor, guidance: torch.Tensor,
-        alpha: torch.Tensor, target: torch.Tensor,
+        self,
+        noisy: torch.Tensor,
+        timestep: torch.Tensor,
+        states: torch.Tensor,
+        guidance: torch.Tensor,
+        alpha: torch.Tensor,
+        target: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, detached loss); noisy and target [B, 4, h, h]."""
         ours = consistency(self.velocity(noisy, timestep, states, guidance), noisy, timestep, alpha)
@@ -72,9 +77,7 @@ def make_predictors(
     return out[0], out[1], out[2], out[3]
 
 
-def _start_from_teacher(
-    optimizer: FlatOptimizer, student: UNet2DConditionModel, weights: dict[str, Any]
-) -> None:
+def _start_from_teacher(optimizer: FlatOptimizer, student: UNet2DConditionModel, weights: dict[str, Any]) -> None:
     """Set the student's master weights to the teacher's, and its guidance projection to zero."""
     missing = student.load_state_dict(weights, strict=False).missing_keys
     if missing != ["time_embedding.cond_proj.weight"]:
@@ -90,8 +93,13 @@ def _start_from_teacher(
 
 
 def train_lcm(
-    preset: Preset, ring: Ring, null: torch.Tensor, teacher_weights: dict[str, Any], ranks: Ranks,
-    checkpoints: Checkpoints, seconds: float,
+    preset: Preset,
+    ring: Ring,
+    null: torch.Tensor,
+    teacher_weights: dict[str, Any],
+    ranks: Ranks,
+    checkpoints: Checkpoints,
+    seconds: float,
 ) -> dict[str, Any]:
     """Distil for `seconds`; the finished checkpoint holds the averaged float32 weights."""
     width = null.shape[-1]
@@ -146,8 +154,10 @@ def train_lcm(
         checkpoints.keep("lcm", optimizer, clock, done)
         if done in (1, 20) or done % preset.log_every == 0:
             speed = (done - 1) * batch * ranks.size / max(1e-3, time.time() - began)
-            ranks.log(f"lcm {optimizer.iterations} loss {torch.stack(recent).mean().item():.5f} rate {rate:.1e} "
-                      f"{elapsed:.0f} s {speed:.0f} pictures/s")
+            ranks.log(
+                f"lcm {optimizer.iterations} loss {torch.stack(recent).mean().item():.5f} rate {rate:.1e} "
+                f"{elapsed:.0f} s {speed:.0f} pictures/s"
+            )
     figures = {
         "steps": optimizer.iterations,
         "pictures": optimizer.iterations * batch * ranks.size,

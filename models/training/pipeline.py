@@ -69,7 +69,9 @@ class Run:
         encode = Compiled(VaeMoments(self._vae), "encode", self._ranks)
         writer = CaptionWriter(self._concepts, self._tower)
         ring = Ring(self._preset, self._scenes, writer, self._tower, encode, self._ranks.dtype)
-        self._ranks.log(f"ring of {self._preset.ring} started with {self._preset.ring_start} in {time.time() - began:.1f} s")
+        self._ranks.log(
+            f"ring of {self._preset.ring} started with {self._preset.ring_start} in {time.time() - began:.1f} s"
+        )
         return ring
 
     @cached_property

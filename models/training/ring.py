@@ -14,7 +14,12 @@ class Ring:
     """Holds `preset.ring` examples on the device; old ones are overwritten by fresh scenes."""
 
     def __init__(
-        self, preset: Preset, stage: Stage, writer: CaptionWriter, tower: TextTower, encode: Compiled,
+        self,
+        preset: Preset,
+        stage: Stage,
+        writer: CaptionWriter,
+        tower: TextTower,
+        encode: Compiled,
         dtype: torch.dtype,
     ) -> None:
         self._stage, self._writer, self._tower, self._encode = stage, writer, tower, encode

@@ -39,7 +39,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--miniature", action="store_true", help="tiny sizes on drawn shapes, for the CPU")
     parser.add_argument("--smoke", action="store_true", help="seconds a stage, full sizes")
     parser.add_argument("--rehearse", action="store_true", help="run a smoke beside the real run, on the last GPU")
-    parser.add_argument("--batch-of", type=int, default=1, help="train with one rank's share of a run of this many ranks")
+    parser.add_argument(
+        "--batch-of", type=int, default=1, help="train with one rank's share of a run of this many ranks"
+    )
     return parser.parse_args(arguments)
 
 
@@ -57,6 +59,8 @@ def work(args: argparse.Namespace) -> None:
     from models.training.pipeline import Run
 
     logging.set_verbosity_error()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # tiny kernels; more threads mostly wait for each other
 
     ranks = join(float(os.environ.get("STARTED", time.time())))
     preset = replace(MINIATURE if args.miniature else FULL, seed=args.seed).for_one_of(args.batch_of)
@@ -128,7 +132,9 @@ def _wait(
             marker = Path(environment[AWAIT_MARKERS]) / OVER
             if not marker.exists():
                 marker.touch()
-                verdict = "passed" if rehearsal.returncode == 0 else f"FAILED with {rehearsal.returncode}: see its log.txt"
+                verdict = (
+                    "passed" if rehearsal.returncode == 0 else f"FAILED with {rehearsal.returncode}: see its log.txt"
+                )
                 print(f"[{time.time() - float(environment['STARTED']):7.1f}s] rehearsal {verdict}", flush=True)
         if all(code is not None for code in codes):
             return max(abs(code or 0) for code in codes)

@@ -84,8 +84,15 @@ def start_noise(count: int, side: int, seed: int, ranks: Ranks) -> torch.Tensor:
 
 @torch.no_grad()
 def sample_ddim(
-    predict: FixedBatch, states: torch.Tensor, null: torch.Tensor, side: int, ranks: Ranks, *, guidance: float,
-    seed: int, steps: int = 50,
+    predict: FixedBatch,
+    states: torch.Tensor,
+    null: torch.Tensor,
+    side: int,
+    ranks: Ranks,
+    *,
+    guidance: float,
+    seed: int,
+    steps: int = 50,
 ) -> torch.Tensor:
     """Latents [B, 4, side, side] by DDIM (Song et al. 2021, eta 0) with classifier-free guidance."""
     alphas = torch.cat([alphas_cumprod(ranks.device), torch.ones(1, device=ranks.device)])
@@ -104,8 +111,15 @@ def sample_ddim(
 
 @torch.no_grad()
 def sample_lcm(
-    predict: FixedBatch, states: torch.Tensor, side: int, ranks: Ranks, *, guidance: float, guidance_width: int,
-    seed: int, steps: int,
+    predict: FixedBatch,
+    states: torch.Tensor,
+    side: int,
+    ranks: Ranks,
+    *,
+    guidance: float,
+    guidance_width: int,
+    seed: int,
+    steps: int,
 ) -> torch.Tensor:
     """Latents [B, 4, side, side] by multistep consistency sampling (Luo et al. 2023, algorithm 3)."""
     alphas = alphas_cumprod(ranks.device)

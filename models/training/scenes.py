@@ -166,14 +166,19 @@ class Stage:
         top = self._integers(count, len(COLOURS))
         bottom = torch.where(self._chance(count, 0.35), self._integers(count, len(COLOURS)), top)
         x, y, size = (torch.rand(3, count, device=self.device) * 2 - 1) * torch.tensor(
-            [[0.12], [0.12], [0.22]], device=self.device)
+            [[0.12], [0.12], [0.22]], device=self.device
+        )
         picture = F.avg_pool2d(self.background(top, bottom), 2)
         row = style * len(self.concepts) + concept
         return self._paste(picture, self._half, row, x, y, size + 0.78) * 2 - 1, concept
 
     @staticmethod
     def _paste(
-        picture: torch.Tensor, table: torch.Tensor, row: torch.Tensor, x: torch.Tensor, y: torch.Tensor,
+        picture: torch.Tensor,
+        table: torch.Tensor,
+        row: torch.Tensor,
+        x: torch.Tensor,
+        y: torch.Tensor,
         scale: torch.Tensor,
     ) -> torch.Tensor:
         """`table[row]` over `picture`, centred at (x, y) with half-side `scale`."""

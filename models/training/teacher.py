@@ -30,7 +30,11 @@ class TeacherLoss(nn.Module):
         self.dtype = dtype
 
     def forward(
-        self, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor,
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timestep: torch.Tensor,
+        states: torch.Tensor,
         alpha: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, loss of each row [B]); latents and noise [B, 4, h, h], timestep and alpha [B], states [B, L, D]."""
@@ -44,7 +48,7 @@ def make_step(preset: Preset, ranks: Ranks, text_width: int) -> tuple[UNet2DCond
     """The teacher, its optimiser, and its compiled forward-and-backward."""
     torch.manual_seed(preset.seed + 5)
     unet = build_unet(preset, text_width, guided=False).to(ranks.device)
-    optimizer = FlatOptimizer(unet, ranks, decay=0.01, average=0.9995)
+    optimizer = FlatOptimizer(unet, ranks, decay=0.01, average=0.999)
     step = Compiled(TeacherLoss(unet, ranks.dtype), "teacher", ranks, backward=True, clear=optimizer.clear)
     return unet, optimizer, step
 
@@ -93,8 +97,10 @@ def train_teacher(
         if done in (1, 20, 100) or done % (2 * preset.log_every) == 0:
             quarters = [round(part.mean().item(), 3) for part in rows.chunk(4)]
             speed = (done - 1) * batch * ranks.size / max(1e-3, time.time() - began)
-            ranks.log(f"teacher {optimizer.iterations} loss {torch.stack(recent).mean().item():.4f} by t {quarters} "
-                      f"norm {float(norm):.2f} rate {rate:.1e} {elapsed:.0f} s {speed:.0f} pictures/s")
+            ranks.log(
+                f"teacher {optimizer.iterations} loss {torch.stack(recent).mean().item():.4f} by t {quarters} "
+                f"norm {float(norm):.2f} rate {rate:.1e} {elapsed:.0f} s {speed:.0f} pictures/s"
+            )
     steps = optimizer.iterations
     figures = {
         "steps": steps,

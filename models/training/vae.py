@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from models.training.checkpoints import Checkpoints
@@ -19,6 +20,7 @@ from models.training.settings import Preset
 _KL_WEIGHT = 3e-4
 _EDGE_WEIGHT = 0.5
 _WARM_UP = 150
+_FIRST_LOG_VARIANCE = -6.0  # nearly noiseless latents at first: at 0 the decoder sees little but noise for long
 
 
 class VaeLoss(nn.Module):
@@ -113,6 +115,7 @@ def train_vae(
     """Train for `seconds` (or load the finished result): the float32 VAE and its figures."""
     torch.manual_seed(preset.seed + 7)
     vae = build_vae(preset).to(ranks.device)
+    _initialise(vae)
     done = checkpoints.finished("vae")
     if done is not None:
         vae.load_state_dict(done["weights"])
@@ -131,9 +134,24 @@ def train_vae(
     return averaged, figures
 
 
+def _initialise(vae: AutoencoderKL) -> None:
+    """Nearly noiseless latents, and residual blocks that start as the identity (SkipInit, De & Smith 2020)."""
+    nn.init.constant_(vae.quant_conv.bias.data[LATENT_CHANNELS:], _FIRST_LOG_VARIANCE)
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+            nn.init.zeros_(module.conv2.bias)
+
+
 def _optimise(
-    loss: VaeLoss, optimizer: FlatOptimizer, preset: Preset, stage: Stage, ranks: Ranks, checkpoints: Checkpoints,
-    clock: Clock, seconds: float,
+    loss: VaeLoss,
+    optimizer: FlatOptimizer,
+    preset: Preset,
+    stage: Stage,
+    ranks: Ranks,
+    checkpoints: Checkpoints,
+    clock: Clock,
+    seconds: float,
 ) -> dict[str, Any]:
     """The training loop; returns its figures."""
     step = Compiled(loss, "vae", ranks, backward=True, clear=optimizer.clear, shared=False)
@@ -158,10 +176,17 @@ def _optimise(
         if done in (1, 20, 100) or done % preset.log_every == 0:
             l1, mse, divergence, spread = torch.stack(recent).mean(0).tolist()
             speed = (done - 1) * batch * ranks.size / max(1e-3, time.time() - began)
-            ranks.log(f"vae {optimizer.iterations} L1 {l1:.4f} psnr~{10 * math.log10(4 / mse):.2f} KL {divergence:.2f} "
-                      f"logvar {spread:.2f} norm {float(norm):.2f} rate {rate:.1e} {speed:.0f} pictures/s")
+            ranks.log(
+                f"vae {optimizer.iterations} L1 {l1:.4f} psnr~{10 * math.log10(4 / mse):.2f} KL {divergence:.2f} "
+                f"logvar {spread:.2f} norm {float(norm):.2f} rate {rate:.1e} {speed:.0f} pictures/s"
+            )
     steps = optimizer.iterations
     last_loss = float(torch.stack(recent)[:, :2].sum(1).mean()) if recent else math.nan
     speed = (done - 1) * batch * ranks.size / max(1e-3, time.time() - began)
-    return {"steps": steps, "pictures": steps * batch * ranks.size, "pictures_per_second": speed,
-            "first_loss": first_loss, "last_loss": last_loss}
+    return {
+        "steps": steps,
+        "pictures": steps * batch * ranks.size,
+        "pictures_per_second": speed,
+        "first_loss": first_loss,
+        "last_loss": last_loss,
+    }

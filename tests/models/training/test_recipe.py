@@ -33,7 +33,7 @@ STAGES = ("sprites", "vae", "teacher", "lcm", "judge", "export")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     """A whole run of a few seconds."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("run")
     run = Run(PRESET, Budgets(vae=8, teacher=8, lcm=3, judge=1), out / "data", out, RANKS)
     for stage in STAGES:
