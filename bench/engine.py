@@ -4,8 +4,9 @@
     python bench/engine.py throughput (--model default | --spec sd15) [--size 512x512] [--steps 20] [--guidance 7.5]
 
 `overhead`, which also runs when no command is given, has a network that returns one preallocated tensor, so that what
-remains of a tick of guided pictures is everything around the network. `throughput` draws the same pictures at 1, 2, 4 and 8 at once and compares the
-rates. Both check first that the pictures are finite. Tables are Markdown; seconds are wall time.
+remains of a tick of guided pictures is everything around the network. `throughput` draws the same pictures at 1, 2, 4
+and 8 at once and compares the rates. Both check first that the pictures are finite. Tables are Markdown; seconds are
+wall time.
 """
 
 from __future__ import annotations
