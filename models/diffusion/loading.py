@@ -111,7 +111,7 @@ def _latent(
     unet = load_unet(folder, "unet", device, dtype)
     networks = [unet]
     main = _text_denoiser(folder, unet, scheduler, schedule)
-    default, samplers = cards.lcm_samplers() if kind == "lcm" else cards.latent_samplers(kind, scheduler)
+    default, samplers = cards.lcm_samplers() if main.embeds_guidance else cards.latent_samplers(kind, scheduler)
     if kind == "lcm" and not main.embeds_guidance:
         raise ModelError(f"{folder.path / 'unet' / 'config.json'}: an LCM's time_cond_proj_dim must be set")
     denoisers = dict.fromkeys(samplers, main)
@@ -218,7 +218,7 @@ def _card(
     return ModelCard(
         name=source.name,
         kind=kind,
-        source=str(source.path),
+        source=source.origin,
         revision=source.revision,
         default_size=(width * scale, height * scale),
         size_multiple=max(8, scale) if scale > 1 else halvings,  # a latent UNet pads odd sizes itself

@@ -25,9 +25,10 @@ WEIGHTS = (  # plain names only: not the float16, ONNX, Flax or single-file copi
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model's folder lies and what to call it."""
+    """Where a model's folder lies and what to call it; `origin` is that folder, or the hub id it is a copy of."""
 
     name: str
+    origin: str
     path: Path
     revision: str
 
@@ -40,10 +41,11 @@ def resolve_source(source: str, revision: str | None, cache_dir: Path) -> Source
     """
     if source in registry.ROOTS:
         version = read_manifest(registry.ROOTS[source]).version
-        return Source(source, registry.bundle_path(source, cache_dir, roots=registry.ROOTS), version)
+        folder = registry.bundle_path(source, cache_dir, roots=registry.ROOTS)
+        return Source(source, str(folder), folder, version)
     path = Path(source).expanduser()
     if path.is_dir():
-        return Source(path.resolve().name, path, "local")
+        return Source(path.resolve().name, str(path), path, "local")
     if HUB_ID.fullmatch(source) and not path.exists():
         return _fetch(source, revision, cache_dir)
     bundles = ", ".join(registry.ROOTS)
@@ -56,7 +58,7 @@ def _fetch(hub_id: str, revision: str | None, cache_dir: Path) -> Source:
     if not has_weights:  # an old repository: only pickled weights, which are read with weights_only
         bins = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
         folder = snapshot(hub_id, revision, cache_dir, _patterns(bins))
-    return Source(hub_id, folder, folder.name)
+    return Source(hub_id, hub_id, folder, folder.name)
 
 
 def _patterns(names: tuple[str, ...]) -> list[str]:

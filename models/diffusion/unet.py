@@ -23,8 +23,9 @@ def load_unet(folder: Folder, name: str, device: torch.device, dtype: torch.dtyp
             f"{path}: in_channels {config.get('in_channels')} is not out_channels {config.get('out_channels')}; "
             "inpainting and variance-predicting UNets are not served"
         )
-    if folder.pipeline != "ConsistencyModelPipeline" and config.get("class_embed_type") is not None:
-        raise ModelError(f"{path}: class_embed_type {config['class_embed_type']!r} is not served")
+    for key, wanted in _expected(folder.pipeline).items():
+        if config.get(key) != wanted:
+            raise ModelError(f"{path}: {key} is {config.get(key)!r}; served in a {folder.pipeline} is {wanted!r}")
     with quiet_libraries():
         unet = load_module(_class(folder), folder.path / name, dtype, dtype_argument="torch_dtype")
     return place(unet, device)
@@ -33,6 +34,15 @@ def load_unet(folder: Folder, name: str, device: torch.device, dtype: torch.dtyp
 def place(unet: Any, device: torch.device) -> Any:
     """To the device, with channels last: the layout in which convolutions run fastest on both kinds."""
     return unet.to(device=device, memory_format=torch.channels_last)
+
+
+def _expected(pipeline: str) -> dict[str, str | None]:
+    """What the denoiser knows how to condition, by config key."""
+    if pipeline == "ConsistencyModelPipeline":
+        return {"class_embed_type": None}
+    addition = "text_time" if pipeline == "StableDiffusionXLPipeline" else None
+    unused = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+    return {"addition_embed_type": addition, **dict.fromkeys(unused)}
 
 
 def _class(folder: Folder) -> Any:

@@ -156,6 +156,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"text_encoder/model\.safetensors has wrong shapes for .*fc1",
     ),
     "inpainting": (lambda f: edit_json(f / "unet" / "config.json", in_channels=9), "in_channels 9 is not out_channels"),
+    "class conditioning": (
+        lambda f: edit_json(f / "unet" / "config.json", class_embed_type="timestep"),
+        r"unet/config\.json: class_embed_type is 'timestep'; served in a StableDiffusionPipeline is None",
+    ),
     "no tokenizer": (
         lambda f: [path.unlink() for path in (f / "tokenizer").iterdir()],
         "tokenizer holds no vocabulary",
