@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -44,6 +46,12 @@ class Server(uvicorn.Server):
             )
         )
         self.service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """While the model loads, nothing has been accepted and the loading thread cannot be interrupted: end at once."""
+        if self.service.loading:
+            os._exit(130 if sig == signal.SIGINT else 0)
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.begin_drain()

@@ -41,6 +41,10 @@ class Service:
         self.ready_at = time.time()
 
     @property
+    def loading(self) -> bool:
+        return self._runtime is None
+
+    @property
     def runtime(self) -> Runtime:
         """The loaded model and its engine. Raises UnavailableError, saying why, when it cannot take requests."""
         if self.draining:

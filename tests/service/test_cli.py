@@ -292,6 +292,17 @@ def test_serve_from_start_to_sigterm(serving: tuple[subprocess.Popen[str], str])
     assert "apple" not in rest
 
 
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_loading_can_be_stopped(serving: tuple[subprocess.Popen[str], str], sent: int, status: int) -> None:
+    process, url = serving
+    assert process.stderr is not None
+    assert "listening on" in process.stderr.readline()
+    assert httpx.get(f"{url}/health").status_code == 200
+    process.send_signal(sent)
+    assert process.wait(2) == status
+    assert "Traceback" not in process.stderr.read()
+
+
 def test_serving_nothing_ends_with_one_line(tmp_path: Path) -> None:
     result = headstart("serve", "--port", "0", "--model", str(tmp_path), "--log-level", "warning")
     assert result.returncode == 2
