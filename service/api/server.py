@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
         self.service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """While the model loads, nothing has been accepted and the loading thread cannot be interrupted: end at once."""
+        """While the model loads, nothing was accepted and the loading thread cannot be interrupted: end at once."""
         if self.service.loading:
             os._exit(130 if sig == signal.SIGINT else 0)
         super().handle_exit(sig, frame)
