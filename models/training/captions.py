@@ -242,7 +242,7 @@ class CaptionWriter:
         """Phrase ids [B, slots], in reading order."""
         count, device = len(scenes), scenes.kind.device
         empty = torch.zeros(count, dtype=torch.long, device=device)
-        out = {slot: empty for slot in Slot}
+        out = dict.fromkeys(Slot, empty)
         self._write_style(scenes, out)
         self._write_subject(scenes, out)
         front = self._write_background(scenes, out)

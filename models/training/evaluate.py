@@ -16,8 +16,8 @@ from models.training.settings import Preset
 from models.training.text import TextTower
 from models.training.vae import decode, moments
 
-DDIM_GUIDANCE = (2.0, 3.0, 5.0)
-LCM_GUIDANCE = (2.0, 3.0)
+DDIM_GUIDANCE = (3.0,)
+LCM_GUIDANCE = (2.0,)
 LCM_STEPS = (1, 2, 4, 8)
 
 Sampler = Callable[[torch.Tensor], torch.Tensor]

@@ -60,7 +60,7 @@ def make_step(preset: Preset, ranks: Ranks, text_width: int) -> tuple[UNet2DCond
     """The student, its optimiser, and its compiled forward-and-backward. Its guidance embedding starts silent."""
     torch.manual_seed(preset.seed + 6)
     unet = build_unet(preset, text_width, guided=True).to(ranks.device)
-    optimizer = FlatOptimizer(unet, ranks, average=0.998)
+    optimizer = FlatOptimizer(unet, ranks, average=0.99)
     step = Compiled(StudentLoss(unet, ranks.dtype), "student", ranks, backward=True, clear=optimizer.clear)
     return unet, optimizer, step
 

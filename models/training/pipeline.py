@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from models.training import export, sheets
-from models.training.captions import CaptionWriter, Phrases, vocabulary
+from models.training.captions import CaptionWriter, vocabulary
 from models.training.checkpoints import Checkpoints
 from models.training.compiled import Compiled
 from models.training.concepts import select
@@ -158,6 +158,8 @@ class Run:
         sheets.draw_sheets(self._models, self._out / "sheets")
         judge = train_judge(self._preset, self._scenes, self._ranks, self._checkpoints, self._budgets.judge)
         self._record("evaluation", Evaluation(self._scenes, judge, self._models).run(prompts))
+        if self._ranks.main:
+            export.pack(self._out)
 
     def _export(self) -> None:
         if self._ranks.main:

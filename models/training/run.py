@@ -20,7 +20,7 @@ from models.training.compiled import AWAIT_MARKERS, LEAVE_MARKERS, OVER
 from models.training.distributed import join, leave
 from models.training.settings import FULL, MINIATURE, Budgets
 
-STAGES = ("sprites", "vae", "teacher", "lcm", "judge", "eval", "export")
+STAGES = ("sprites", "vae", "teacher", "lcm", "export", "judge", "eval")
 _FULL_SECONDS = Budgets(vae=220, teacher=520, lcm=140, judge=35)
 _SMOKE_SECONDS = Budgets(vae=5, teacher=5, lcm=5, judge=5)
 _MINIATURE_SECONDS = Budgets(vae=8, teacher=8, lcm=4, judge=2)

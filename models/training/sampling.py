@@ -1,5 +1,6 @@
 """Sampling on the training machine: DDIM with guidance, and LCM; both as diffusers' schedulers do it."""
 
+import itertools
 import math
 
 import torch
@@ -99,7 +100,7 @@ def sample_ddim(
     x = start_noise(len(states), side, seed, ranks)
     both = torch.cat([null.expand_as(states), states])
     times = [*trailing(steps), STEPS]  # index STEPS holds alpha 1: set_alpha_to_one
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in itertools.pairwise(times):
         timestep = torch.full((len(x),), now, device=ranks.device)
         without, with_text = predict(torch.cat([x, x]), torch.cat([timestep, timestep]), both).chunk(2)
         v = without + guidance * (with_text - without)

@@ -56,10 +56,10 @@ FULL = Preset(
     # Eight groups rather than 32: a group then spans 16 channels, one memory sector in channels-last layout.
     unet_groups=8,
     unet_batch=512,
-    teacher_rate=5e-4,
-    warm_up=500,
+    teacher_rate=7e-4,
+    warm_up=300,
     guidance_width=256,
-    student_rate=2e-4,
+    student_rate=3e-4,
     ring=65_536,
     ring_start=12_288,
     refill=256,

@@ -48,7 +48,7 @@ def make_step(preset: Preset, ranks: Ranks, text_width: int) -> tuple[UNet2DCond
     """The teacher, its optimiser, and its compiled forward-and-backward."""
     torch.manual_seed(preset.seed + 5)
     unet = build_unet(preset, text_width, guided=False).to(ranks.device)
-    optimizer = FlatOptimizer(unet, ranks, decay=0.01, average=0.999)
+    optimizer = FlatOptimizer(unet, ranks, decay=0.01, average=0.998)
     step = Compiled(TeacherLoss(unet, ranks.dtype), "teacher", ranks, backward=True, clear=optimizer.clear)
     return unet, optimizer, step
 

@@ -15,7 +15,7 @@ _FILES = ("config.json", "tokenizer.json", "vocab.txt")
 
 
 class TextTower:
-    """Prompts to states [N, LENGTH, width]; padded positions keep their raw states, as StableDiffusionPipeline has it."""
+    """Prompts to states [N, LENGTH, width]; padded positions keep their raw states, as in StableDiffusionPipeline."""
 
     def __init__(self, tokenizer: Tokenizer, model: BertModel, device: torch.device, dtype: torch.dtype) -> None:
         self.tokenizer = tokenizer
