@@ -73,6 +73,7 @@ def stock_pipeline(folder: Path, dtype: torch.dtype, *, lcm: bool) -> Callable[[
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = kind.from_pretrained(folder, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
     if not lcm:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

@@ -37,7 +37,7 @@ from service.config import EngineSettings, ModelSettings
 from service.diffusion.admission import resolve
 from service.diffusion.engine import DiffusionEngine
 from service.diffusion.request import Draft, Failed, Image
-from service.pictures import read_settings
+from service.pictures import read_recipe
 
 CACHE = ModelSettings().cache_dir
 READY_WITHIN_S = 60.0  # a bound against hanging; bench/start.py measures
@@ -100,7 +100,7 @@ def test_the_readme_command_draws_a_red_apple_on_blue(url: str, tmp_path: Path) 
     middle = picture[96:160, 96:160].reshape(-1, 3).mean(0)
     assert middle[0] > 1.8 * middle[2], f"the middle is not red: {middle}"
     assert middle[0] > 1.8 * middle[1], f"the middle is not red: {middle}"
-    assert "a red apple on a blue background" in read_settings(apple)
+    assert read_recipe(apple).prompt == "a red apple on a blue background"
 
 
 @pytest.mark.parametrize("colour", ["red", "yellow", "green", "purple", "white", "black"])
@@ -137,7 +137,7 @@ def test_the_teacher_streams_partial_images(url: str) -> None:
             if line.startswith("event: "):
                 kinds.append(line.removeprefix("event: "))
     assert kinds.count("image_generation.partial_image") == 2
-    assert kinds[-1] == "image_generation.completed"
+    assert kinds[-2:] == ["image_generation.completed", "headstart.completed"]
 
 
 def test_health_models_and_metrics(url: str) -> None:
@@ -263,7 +263,7 @@ def test_the_shell_draws_pictures_and_a_contact_sheet(tmp_path: Path) -> None:
         [*command, "-o", tmp_path / "owl.png", "--n", "4", "--seed", "7", "--sampler", "lcm", "--steps", "4", "--json"],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
-    assert len(json.loads(done.stdout)["data"]) == 4
+    assert len(json.loads(done.stdout)["images"]) == 4
     assert {path.name for path in tmp_path.iterdir()} == {"owl.png", *(f"owl-{i}.png" for i in range(1, 5))}
     shown = subprocess.run(
         [sys.executable, "-m", "service", "show", tmp_path / "owl-2.png"], check=True, capture_output=True, text=True

@@ -40,9 +40,9 @@ def resolve_source(source: str, revision: str | None, cache_dir: Path) -> Source
         ModelError: nothing answers to the name, or it cannot be had.
     """
     if source in registry.ROOTS:
-        version = read_manifest(registry.ROOTS[source]).version
+        manifest = read_manifest(registry.ROOTS[source])
         folder = registry.bundle_path(source, cache_dir, roots=registry.ROOTS)
-        return Source(source, str(folder), folder, version)
+        return Source(manifest.name, str(folder), folder, manifest.version)
     path = Path(source).expanduser()
     if path.is_dir():
         return Source(path.resolve().name, str(path), path, "local")
