@@ -1,0 +1,84 @@
+"""The sheet of docs/sheet.png: 32 prompts, seed = position, no choosing, drawn by the default bundle.
+
+    python bench/sheet.py [--sampler lcm] [--steps 4] [-o docs/sheet.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as PillowImage
+
+from models.diffusion.loading import load_model
+from service.config import EngineSettings, ModelSettings
+from service.diffusion.admission import resolve
+from service.diffusion.engine import DiffusionEngine
+from service.diffusion.request import Draft, Failed, Image
+
+PROMPTS = [
+    "a red apple on a blue background",
+    "3d cat on a yellow background",
+    "a kitty on a mint background",
+    "flat dog on a white background",
+    "three 3d crowns on a purple background",
+    "two flat penguins on a sky blue background",
+    "a rocket on a navy to purple gradient",
+    "an emoji of a frog with a pink background",
+    "small 3d fox on a green background",
+    "a big hamburger on a red background",
+    "flat robot to the right of a tree on a beige to mint gradient",
+    "a 3d guitar next to a rose on a gray background",
+    "an octopus on a teal background",
+    "a castle on a purple to pink gradient",
+    "strawberry",
+    "a ufo on a black background",
+    "a snowman on a light blue background",
+    "a bicycle on a mint background, flat style",
+    "a birthday cake, pink background",
+    "an owl on a brown background",
+    "a green frog and a red apple on a white background",
+    "a sunflower on a sky blue to green gradient",
+    "a pizza on a green background",
+    "a 3d dragon on a black background",
+    "a blue heart on a red background",
+    "automobile on orange",
+    "a spaceship on navy",
+    "a cactus on a beige background",
+    "a whale on a teal background",
+    "a picture of two cats on green",
+    "a lemon on a purple background",
+    "a teddy bear on a yellow background",
+]
+COLUMNS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sampler")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/sheet.png"))
+    args = parser.parse_args()
+    model = load_model("default", cache_dir=ModelSettings().cache_dir)
+    settings = EngineSettings()
+    engine = DiffusionEngine(model, settings)
+    for seed, prompt in enumerate(PROMPTS):
+        draft = Draft(prompt=prompt, seed=seed, sampler=args.sampler, num_inference_steps=args.steps)
+        engine.add(resolve(draft, model.card, settings, id=str(seed), random_seed=0))
+    width, height = model.card.default_size
+    sheet = np.zeros((-(-len(PROMPTS) // COLUMNS) * height, COLUMNS * width, 3), np.uint8)
+    while engine.has_work():
+        for event in engine.step():
+            if isinstance(event, Failed):
+                raise SystemExit(f"{PROMPTS[int(event.request_id)]}: {event.error}")
+            if isinstance(event, Image):
+                row, column = divmod(int(event.request_id), COLUMNS)
+                sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = event.pixels
+    half = (sheet.shape[1] // 2, sheet.shape[0] // 2)
+    PillowImage.fromarray(sheet).resize(half, PillowImage.Resampling.LANCZOS).save(args.output, optimize=True)
+    print(f"{len(PROMPTS)} pictures in {args.output}")
+
+
+if __name__ == "__main__":
+    main()
