@@ -35,17 +35,15 @@ def student_folder(manifest: Manifest, cache_dir: Path) -> Path:
     return cache_dir / "models" / f"{manifest.name}-lcm"
 
 
-def is_assembled(manifest: Manifest, cache_dir: Path) -> bool:
-    """Whether the folders are there, of this version, with every file in full length."""
-    folder = assembled_folder(manifest, cache_dir)
+def is_assembled(manifest: Manifest, root: Path, cache_dir: Path) -> bool:
+    """Whether the folders are there, made from the manifest as it is now in `root`, with every file in full length."""
+    folder, student = assembled_folder(manifest, cache_dir), student_folder(manifest, cache_dir)
     try:
-        version = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["version"]
+        current = (folder / MANIFEST).read_bytes() == (root / MANIFEST).read_bytes()
         whole = all((folder / file.path).stat().st_size == file.size for file in manifest.files)
-    except (OSError, ValueError, KeyError):
+    except OSError:
         return False
-    return (
-        version == manifest.version and whole and (student_folder(manifest, cache_dir) / "model_index.json").is_file()
-    )
+    return current and whole and (student / "model_index.json").is_file()
 
 
 def assemble(manifest: Manifest, root: Path, cache_dir: Path) -> None:
@@ -62,6 +60,7 @@ def assemble(manifest: Manifest, root: Path, cache_dir: Path) -> None:
             link_or_copy(origin / file.path, new / file.path)
         _write_index(new, "StableDiffusionPipeline")
         shutil.copyfile(root / MANIFEST, new / MANIFEST)
+        shutil.rmtree(student, ignore_errors=True)  # first: it links into the folder that is about to be replaced
         _replace(new, folder)
         new = Path(scratch) / "student"
         for component in COMPONENTS:

