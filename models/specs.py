@@ -39,7 +39,6 @@ ZERO_SNR_SCHEDULER = SD_SCHEDULER | {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
     "set_alpha_to_one": True,
-    "steps_offset": 0,
     "timestep_spacing": "trailing",
 }
 SD_VAE = {
@@ -80,7 +79,7 @@ HEADSTART_UNET = {
 HEADSTART_VAE = SD_VAE | {
     "block_out_channels": (32, 48, 96, 192),
     "layers_per_block": 1,
-    "norm_num_groups": 8,
+    "norm_num_groups": 4,
     "sample_size": 256,
     "scaling_factor": 1.0,
     "mid_block_add_attention": False,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from models.bundles import registry
 from models.errors import ModelError
 from models.specs import SPECS, random_model
 from tests.models.test_equivalence import draw, noise_for
@@ -35,6 +37,20 @@ def test_published_sizes(name: str) -> None:
         unet, vae = UNet2DConditionModel(**SPECS[name].unet), AutoencoderKL(**SPECS[name].vae)
     assert sum(weight.numel() for weight in unet.parameters()) == UNET_PARAMETERS[name]
     assert sum(weight.numel() for weight in vae.parameters()) == VAE_PARAMETERS
+
+
+def test_the_default_bundle_is_what_its_spec_says() -> None:
+    """A random model of the spec stands in for the bundle where there is no network and no text tower."""
+    spec, root = SPECS["headstart-v1"], registry.ROOTS["default"]
+    for folder, stated in (
+        ("unet/config.json", spec.unet),
+        ("unet_lcm/config.json", {**spec.unet, **(spec.student or {})}),
+        ("vae/config.json", spec.vae),
+        ("scheduler/scheduler_config.json", spec.scheduler),
+    ):
+        config = json.loads((root / folder).read_text())
+        assert {key: config[key] for key in stated} == json.loads(json.dumps(stated)), folder
+    assert json.loads((root / "tokenizer/tokenizer_config.json").read_text())["model_max_length"] == spec.text_tokens
 
 
 @pytest.mark.parametrize("name", SPECS)
