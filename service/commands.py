@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from typing import Any
 
@@ -84,10 +85,11 @@ def _settings(chosen: argparse.Namespace, defaults: Settings = DEFAULTS) -> Sett
 
 
 class _Bars:
-    """A progress bar for each file that is fetched."""
+    """A progress bar for each thing that is fetched; a line at its start and end where no one watches a terminal."""
 
     def __init__(self) -> None:
         self._bars: dict[str, Any] = {}
+        self._said: dict[str, int] = {}
 
     def __enter__(self) -> _Bars:
         return self
@@ -97,9 +99,19 @@ class _Bars:
             bar.close()
 
     def show(self, what: str, done: int, total: int) -> None:
+        if not sys.stderr.isatty():
+            self._say(what, done, total)
+            return
         from tqdm import tqdm
 
         if what not in self._bars:
             self._bars[what] = tqdm(desc=what, total=total, unit="B", unit_scale=True)
         bar = self._bars[what]
         bar.update(done - bar.n)
+
+    def _say(self, what: str, done: int, total: int) -> None:
+        if what not in self._said:
+            print(f"fetching {what}: {total / 1e6:.1f} MB", file=sys.stderr, flush=True)
+        elif done == total and self._said[what] < total:
+            print(f"fetched {what}", file=sys.stderr, flush=True)
+        self._said[what] = done

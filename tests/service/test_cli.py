@@ -246,6 +246,13 @@ def test_a_reader_that_leaves(folder: Path, tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (141, b"")
 
 
+def test_progress_is_two_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with commands._Bars() as bars:
+        for done in (0, 0, 1_000_000, 2_500_000, 2_500_000):
+            bars.show("text tower", done, 2_500_000)
+    assert capsys.readouterr() == ("", "fetching text tower: 2.5 MB\nfetched text tower\n")
+
+
 def test_models_list_pull_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "verify", "--cache-dir", str(tmp_path)]) == 2
     assert "headstart models pull" in one_line(capsys)
