@@ -1,6 +1,6 @@
 """The sheet of docs/sheet.png: 32 prompts, seed = position, no choosing, drawn by the default bundle.
 
-    python bench/sheet.py [--sampler lcm] [--steps 4] [-o docs/sheet.png]
+python bench/sheet.py [--sampler ddim] [--steps 50] [-o docs/sheet.png]
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sampler")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/sheet.png"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("out/sheet.png"))
     args = parser.parse_args()
     model = load_model("default", cache_dir=ModelSettings().cache_dir)
     settings = EngineSettings()
@@ -75,6 +75,7 @@ def main() -> None:
             if isinstance(event, Image):
                 row, column = divmod(int(event.request_id), COLUMNS)
                 sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = event.pixels
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     half = (sheet.shape[1] // 2, sheet.shape[0] // 2)
     PillowImage.fromarray(sheet).resize(half, PillowImage.Resampling.LANCZOS).save(args.output, optimize=True)
     print(f"{len(PROMPTS)} pictures in {args.output}")
