@@ -40,11 +40,10 @@ class Engine(Protocol[R_contra]):
 
 
 class Stats(NamedTuple):
-    """running: pictures of requests that have started; waiting: of those that have not. started_at: Unix seconds."""
+    """Live requests: those that have started, and those that have not."""
 
     running: int
     waiting: int
-    started_at: float | None
 
 
 class Bridge(Generic[R_contra]):
@@ -56,19 +55,16 @@ class Bridge(Generic[R_contra]):
         self._condition = threading.Condition()  # guards everything below
         self._live: dict[str, Mailbox] = {}
         self._waiting = 0  # pictures of live requests that have not started
-        self._running = 0  # pictures of those that have
         self._commands: list[Callable[[], None]] = []
         self._accepting = False
         self._stopping = False
         self._error: HeadstartError | None = None
-        self._started_at: float | None = None
         self._busy_s = 0.0  # engine time since the last request completed
         self._picture_s = 0.0  # engine time that one picture takes, a running mean
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._accepting = True
-        self._started_at = time.time()
         self._thread.start()
 
     @property
@@ -79,7 +75,8 @@ class Bridge(Generic[R_contra]):
     @property
     def stats(self) -> Stats:
         with self._condition:
-            return Stats(self._running, self._waiting, self._started_at)
+            started = sum(mailbox.started for mailbox in self._live.values())
+            return Stats(started, len(self._live) - started)
 
     def submit(self, request: R_contra) -> RequestStream:
         """Accept a request. Called from a running event loop, the one that reads the stream.
@@ -187,12 +184,9 @@ class Bridge(Generic[R_contra]):
         if isinstance(event, Started):
             mailbox.started = True
             self._waiting -= pictures
-            self._running += pictures
         if is_terminal(event):
             del self._live[event.request_id]
-            if mailbox.started:
-                self._running -= pictures
-            else:
+            if not mailbox.started:
                 self._waiting -= pictures
         if isinstance(event, Completed):
             self._pace(pictures)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 
+from service.bridge import Stats
 from service.diffusion.request import Timings
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -18,8 +21,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.running = Gauge("headstart_requests_running", "Pictures being drawn", registry=self.registry)
-        self.waiting = Gauge("headstart_requests_waiting", "Pictures accepted and not started", registry=self.registry)
+        self.running = Gauge("headstart_requests_running", "Requests being drawn", registry=self.registry)
+        self.waiting = Gauge("headstart_requests_waiting", "Requests accepted and not started", registry=self.registry)
         self.requests = self._counter("requests", "Requests that ended, by outcome", "outcome")
         self.latency = self._histogram("e2e_request_latency_seconds", "From acceptance to the end of a request")
         self.queue_time = self._histogram("queue_time_seconds", "From acceptance to the first step of a request")
@@ -43,11 +46,12 @@ class Metrics:
     def stage(self, name: str, seconds: float) -> None:
         self.stages.labels(stage=name).observe(seconds)
 
-    def load(self, running: int, waiting: int) -> None:
-        self.running.set(running)
-        self.waiting.set(waiting)
-
     # What the service sees; called from the event loop.
+
+    def watch(self, stats: Callable[[], Stats]) -> None:
+        """Ask for the running and waiting requests whenever the metrics are read."""
+        self.running.set_function(lambda: stats().running)
+        self.waiting.set_function(lambda: stats().waiting)
 
     def ended(self, outcome: str, timings: Timings | None) -> None:
         """A request is completed, failed, cancelled, or was rejected by a full queue; only the last has no timings."""

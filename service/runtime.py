@@ -56,8 +56,25 @@ class Runtime:
                 raise event.error
 
 
-def open_runtime(settings: Settings, observer: Observer | None = None) -> Runtime:
+def open_runtime(settings: Settings) -> Runtime:
     """Load the model. Its bridge is not started yet. Raises ModelError."""
+    return _runtime(_engine(settings), settings.engine)
+
+
+def open_warm_runtime(settings: Settings, observer: Observer) -> Runtime:
+    """The same, with its bridge started and its engine warmed up, which the observer is not told of.
+
+    For a thread that runs no event loop.
+    """
+    engine = _engine(settings)
+    runtime = _runtime(engine, settings.engine)
+    runtime.bridge.start()
+    asyncio.run(runtime.warm_up())
+    engine.observer = observer
+    return runtime
+
+
+def _engine(settings: Settings) -> DiffusionEngine:
     chosen = settings.model
     model = load_model(
         chosen.model,
@@ -67,13 +84,9 @@ def open_runtime(settings: Settings, observer: Observer | None = None) -> Runtim
         loras=chosen.loras,
         cache_dir=chosen.cache_dir,
     )
-    bridge: Bridge[ImageRequest] = Bridge(DiffusionEngine(model, settings.engine, observer), settings.engine)
-    return Runtime(model.card, bridge, settings.engine)
+    return DiffusionEngine(model, settings.engine)
 
 
-def open_warm_runtime(settings: Settings, observer: Observer | None = None) -> Runtime:
-    """The same, with its bridge started and its engine warmed up. For a thread that runs no event loop."""
-    runtime = open_runtime(settings, observer)
-    runtime.bridge.start()
-    asyncio.run(runtime.warm_up())
-    return runtime
+def _runtime(engine: DiffusionEngine, limits: EngineSettings) -> Runtime:
+    bridge: Bridge[ImageRequest] = Bridge(engine, limits)
+    return Runtime(engine.card, bridge, limits)

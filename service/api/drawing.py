@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -52,7 +52,8 @@ async def draw(service: Service, client: Request, job: Job) -> tuple[list[Pictur
     encoding: list[asyncio.Task[Picture]] = []
     timings = Timings()
     try:
-        async with events_of(service, client, service.submit(job.request)) as events:
+        request = replace(job.request, partial_images=0)  # there is no stream to show them in
+        async with events_of(service, client, service.submit(request)) as events:
             async for event in events:
                 if isinstance(event, Image):
                     encoding.append(asyncio.create_task(job.picture(service, event)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -55,4 +56,6 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.begin_drain()
+        while not self.service.drained and not self.force_exit:  # the port stays open, to say why nothing is taken
+            await asyncio.sleep(0.02)
         await super().shutdown(sockets)

@@ -39,6 +39,7 @@ class Service:
         """From here on requests are taken."""
         self._runtime = runtime
         self.ready_at = time.time()
+        self.metrics.watch(lambda: runtime.bridge.stats)
 
     @property
     def loading(self) -> bool:
@@ -75,6 +76,10 @@ class Service:
         self.draining = True
         if self._runtime is not None:
             self._drain = asyncio.create_task(self._runtime.bridge.close(self.settings.server.shutdown_grace_s))
+
+    @property
+    def drained(self) -> bool:
+        return self._drain is None or self._drain.done()
 
     async def close(self) -> None:
         """End the engine's thread and the encoders."""

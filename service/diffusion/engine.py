@@ -14,7 +14,7 @@ from typing import Protocol
 from accel.memory.latents import LatentSlots
 from accel.samplers.library import build_plan
 from accel.samplers.plans import Plan
-from models.diffusion.model import Condition, DiffusionModel
+from models.diffusion.model import Condition, DiffusionModel, ModelCard
 from service.config import EngineSettings
 from service.diffusion.picture import Job, Picture, Tick
 from service.diffusion.request import (
@@ -71,10 +71,14 @@ class DiffusionEngine:
         latents = LatentSlots(settings.max_running, model.device)
         self._scheduler = Scheduler(settings.max_batch, settings.ageing_s, latents)
         self._runner = Runner(model, latents, settings.max_batch)
-        self._observer = observer or NullObserver()
+        self.observer: Observer = observer or NullObserver()
         self._clock = clock
         self._events: list[Event] = []
         self._plan = lru_cache(maxsize=256)(self._build_plan)
+
+    @property
+    def card(self) -> ModelCard:
+        return self._model.card
 
     def add(self, request: ImageRequest) -> None:
         """Queue a request.
@@ -117,7 +121,8 @@ class DiffusionEngine:
 
     def _expire(self) -> None:
         for job in self._scheduler.expired(self._clock()):
-            self._fail(job, DeadlineError(f"not done within {job.request.deadline_s:g} s"))
+            message = f"deadline_s: not done within {job.request.deadline_s:g} s"
+            self._fail(job, DeadlineError(message, param="deadline_s"))
 
     def _admit(self) -> None:
         """Give out free slots; encode the prompts of requests that get their first, alike ones together."""
@@ -155,7 +160,7 @@ class DiffusionEngine:
                     self._encode([job])
             return
         seconds = self._clock() - begun
-        self._observer.stage("encode", seconds)
+        self.observer.stage("encode", seconds)
         for job, condition in zip(jobs, conditions, strict=True):
             job.encode_s += seconds
             self._scheduler.attach(job, condition)
@@ -169,7 +174,7 @@ class DiffusionEngine:
         if any(picture.denoised for picture in advanced):
             self._runner.wait()  # so that the time is the denoising's, not the decoding's
         seconds = self._clock() - begun
-        self._observer.tick(len(advanced), sum(picture.evaluations for picture in advanced), seconds)
+        self.observer.tick(len(advanced), sum(picture.evaluations for picture in advanced), seconds)
         for job in self._jobs_of(advanced):
             job.denoise_s += seconds
         for picture in advanced:
@@ -183,7 +188,7 @@ class DiffusionEngine:
             return
         begun = self._clock()
         results = self._runner.preview(due)
-        self._observer.stage("preview", self._clock() - begun)
+        self.observer.stage("preview", self._clock() - begun)
         for picture, result in zip(due, results, strict=True):
             number = _preview_number(picture)
             if isinstance(result, HeadstartError):
@@ -198,7 +203,7 @@ class DiffusionEngine:
         begun = self._clock()
         results = self._runner.decode(pictures)
         seconds = self._clock() - begun
-        self._observer.stage("decode", seconds)
+        self.observer.stage("decode", seconds)
         for job in self._jobs_of(pictures):
             job.decode_s += seconds
         for picture, result in zip(pictures, results, strict=True):

@@ -52,6 +52,16 @@ def draw(url: str, body: dict[str, Any]) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(reply.content))).astype(int)
 
 
+def test_metrics_count_what_clients_asked_for_and_nothing_else(url: str) -> None:
+    """First in this file: the engine has drawn its warm-up picture and nothing more."""
+    assert "headstart_steps_run_total 0.0" in httpx.get(f"{url}/metrics").text
+    body = {"prompt": "a cat", "num_inference_steps": 8, "partial_images": 3, "sampler": "ddim"}
+    draw(url, body)
+    metrics = httpx.get(f"{url}/metrics").text
+    assert "headstart_steps_run_total 8.0" in metrics
+    assert 'stage="preview"' not in metrics  # nobody would have seen them
+
+
 def test_pictures_drawn_at_once_are_those_drawn_alone(url: str) -> None:
     alone = [draw(url, body) for body in MIXED]
     with concurrent.futures.ThreadPoolExecutor(len(MIXED)) as pool:
@@ -101,6 +111,7 @@ def test_a_deadline_is_kept(url: str) -> None:
     reply = httpx.post(f"{url}/generate", json=body, timeout=60)
     assert reply.status_code == 504
     assert reply.json()["error"]["code"] == "deadline_exceeded"
+    assert reply.json()["error"]["param"] == "deadline_s"
 
 
 def test_limits_of_the_model_and_the_server_are_told(url: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.service.serving import CARD, Running, serving
+from tests.service.serving import CARD, Running, serving, until
 
 LONG = {"prompt": "a", "num_inference_steps": 20}
 
@@ -78,6 +78,16 @@ def test_models_tell_what_can_be_asked_for(client: httpx.Client) -> None:
     assert model["loras"] == ["ink"]
 
 
+def test_metrics_tell_what_runs_and_what_waits() -> None:
+    with serving(step_s=0.02) as running, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            pool.submit(post, running, LONG | {"n": 3})
+        wanted = {"headstart_requests_running 2.0", "headstart_requests_waiting 0.0"}
+        until(lambda: wanted <= set(httpx.get(f"{running.url}/metrics").text.splitlines()))
+        wanted = {"headstart_requests_running 0.0", 'headstart_requests_total{outcome="completed"} 2.0'}
+        until(lambda: wanted <= set(httpx.get(f"{running.url}/metrics").text.splitlines()))
+
+
 def test_metrics_count_and_never_name_a_prompt() -> None:
     with serving() as running:
         post(running, {"prompt": "a very private fox", "n": 2})
@@ -86,7 +96,6 @@ def test_metrics_count_and_never_name_a_prompt() -> None:
         reply = httpx.get(f"{running.url}/metrics")
         running.service.metrics.tick(3, 6, 0.2)
         running.service.metrics.stage("decode", 0.1)
-        running.service.metrics.load(5, 7)
         later = httpx.get(f"{running.url}/metrics").text
     assert reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     lines = reply.text.splitlines()
@@ -99,8 +108,6 @@ def test_metrics_count_and_never_name_a_prompt() -> None:
     assert 'headstart_http_requests_total{route="unmatched",status="404"} 1.0' in lines
     assert "private" not in reply.text
     for line in (
-        "headstart_requests_running 5.0",
-        "headstart_requests_waiting 7.0",
         'headstart_step_batch_size_bucket{le="3.0"} 1.0',
         "headstart_steps_run_total 3.0",
         "headstart_evaluations_total 6.0",
@@ -222,9 +229,12 @@ def test_shutdown_lets_running_requests_finish_and_takes_no_more() -> None:
         running.server.should_exit = True
         while not running.service.draining:
             time.sleep(0.005)
-        with pytest.raises(httpx.TransportError):
-            post(running, LONG)
+        refused = post(running, LONG)
+        ready = httpx.get(f"{running.url}/health/ready")
         thread.join()
+    for reply in (refused, ready):
+        assert reply.status_code == 503
+        assert reply.json()["error"]["code"] == "shutting_down"
     assert replies[0].status_code == 200
 
 

@@ -8,7 +8,7 @@ import io
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -17,7 +17,7 @@ from PIL import Image
 
 from service.api.events import EventStream, Messages
 from service.diffusion.request import Cancelled
-from tests.service.serving import Running, serving
+from tests.service.serving import Running, serving, until
 
 SLOW = {"prompt": "a", "num_inference_steps": 200}
 
@@ -35,13 +35,6 @@ def events(client: httpx.Client, body: dict[str, Any]) -> list[tuple[str, dict[s
         text = "".join(reply.iter_text())
     blocks = [block.split("\n") for block in text.strip().split("\n\n")]
     return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
-
-
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
 
 
 def test_a_stream_tells_progress_previews_pictures_and_timings(client: httpx.Client) -> None:
