@@ -16,6 +16,8 @@ from service.errors import InputError, invalid
 
 SIZE_TEXT = 'text "WIDTHxHEIGHT", such as "256x256"'
 DEFAULT_QUALITY = 90  # of JPEG and WebP
+MAX_NAME = 80  # characters of an unknown field's name that an error repeats
+MAX_NAMED = 20  # fields that one error names
 
 
 class Body(BaseModel):
@@ -138,7 +140,8 @@ def input_error(errors: list[ErrorDetails], body: type[Body]) -> InputError:
     error = _in_words(errors[0], body)
     others = sorted({_path(other) for other in errors[1:]} - {_path(errors[0])})
     if others:
-        error = InputError(f"{error.message} (also wrong: {', '.join(others)})", param=error.param, code=error.code)
+        more = ", ".join(others[:MAX_NAMED]) + (", ..." if len(others) > MAX_NAMED else "")
+        error = InputError(f"{error.message} (also wrong: {more})", param=error.param, code=error.code)
     return error
 
 
@@ -158,4 +161,5 @@ def _in_words(error: ErrorDetails, body: type[Body]) -> InputError:
 
 
 def _path(error: ErrorDetails) -> str:
-    return ".".join(str(part) for part in error["loc"])
+    path = ".".join(str(part) for part in error["loc"])
+    return path if len(path) <= MAX_NAME else path[:MAX_NAME] + "..."

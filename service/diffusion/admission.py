@@ -36,7 +36,6 @@ def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, r
         raise invalid("sampler", sampler, f"this model has {', '.join(sorted(card.samplers))}")
     defaults = card.samplers[sampler]
     width, height = _size(draft, card, limits)
-    max_steps = SAMPLER_STEPS.get(sampler, MAX_STEPS)
     return ImageRequest(
         id=id,
         prompt=_text("prompt", draft.prompt, 0 if card.max_prompt_tokens is None else 1),
@@ -44,7 +43,7 @@ def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, r
         n=_integer("n", draft.n, 1, 1, MAX_PICTURES),
         width=width,
         height=height,
-        steps=_integer("num_inference_steps", draft.num_inference_steps, defaults.steps, 1, max_steps),
+        steps=_steps(draft.num_inference_steps, sampler, defaults.steps),
         guidance_scale=_real("guidance_scale", draft.guidance_scale, defaults.guidance_scale, 0.0, MAX_GUIDANCE),
         sampler=sampler,
         eta=_eta(draft.eta, sampler),
@@ -82,6 +81,13 @@ def _real(field: str, value: float | None, default: float, low: float, high: flo
     if not low <= value <= high:  # also refuses NaN
         raise invalid(field, value, f"{low:g} to {high:g}")
     return value
+
+
+def _steps(value: int | None, sampler: str, default: int) -> int:
+    most = SAMPLER_STEPS.get(sampler)
+    if most is not None and value is not None and not 1 <= value <= most:
+        raise invalid("num_inference_steps", value, f"1 to {most} with the sampler {sampler}")
+    return _integer("num_inference_steps", value, default, 1, MAX_STEPS)
 
 
 def _size(draft: Draft, card: ModelCard, limits: EngineSettings) -> tuple[int, int]:

@@ -103,6 +103,12 @@ def test_all_fields_at_fault_are_named(client: httpx.Client) -> None:
     assert message.endswith("(also wrong: n, size)")
 
 
+def test_an_error_is_short_however_much_is_wrong(client: httpx.Client) -> None:
+    error = error_of(client.post("/generate", json={"prompt": "a"} | {f"{i}" * 999: i for i in range(90)}), 422)
+    assert error["param"] == "0" * 80 + "..."
+    assert len(error["message"]) < 3000
+
+
 def test_null_is_the_same_as_left_out(client: httpx.Client) -> None:
     body = dict.fromkeys(GenerateBody.model_fields) | {"prompt": "a"}
     assert client.post("/generate", json=body).status_code == 200

@@ -95,7 +95,7 @@ def test_a_model_without_text_needs_a_class_and_no_prompt():
         ({"width": 512, "height": 512}, "size", "65536 pixels"),
         ({"num_inference_steps": 0}, "num_inference_steps", "1 to 200"),
         ({"num_inference_steps": 201}, "num_inference_steps", "1 to 200"),
-        ({"sampler": "lcm", "num_inference_steps": 51}, "num_inference_steps", "1 to 50"),
+        ({"sampler": "lcm", "num_inference_steps": 51}, "num_inference_steps", "1 to 50 with the sampler lcm"),
         ({"guidance_scale": -0.1}, "guidance_scale", "0 to 30"),
         ({"guidance_scale": 30.5}, "guidance_scale", "0 to 30"),
         ({"guidance_scale": math.nan}, "guidance_scale", "0 to 30"),
