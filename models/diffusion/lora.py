@@ -97,6 +97,7 @@ class LoraSet:
                 module.load_lora_adapter(dict(state), prefix=UNET, **arguments)
             else:
                 loader.load_lora_into_text_encoder(dict(state), text_encoder=module, prefix=prefix, **arguments)
+            module.eval()  # new layers come in training mode, in which a file's lora_dropout would act
             self._layers[id(module)] = module, _lora_layers(module)
             if sum(name in layer.scaling for layer in self._layers[id(module)][1]) < len(keys) / 2:  # two keys a layer
                 raise LoraError(f"LoRA file {path} has keys that fit nothing in this model, among {listing(keys)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,20 @@ def test_same_picture_as_the_stock_pipeline(folder: Path, tmp_path: Path, form: 
 def test_no_lora_is_active_after_loading(folder: Path, tmp_path: Path) -> None:
     path = save_peft(tmp_path / "style.safetensors", lora_weights(folder, 1, text=True))
     np.testing.assert_array_equal(picture(load(folder, [("", str(path))])), picture(load(folder, [])))
+
+
+def test_dropout_of_the_training_does_not_act(folder: Path, tmp_path: Path) -> None:
+    weights = lora_weights(folder, 1, text=False)
+    told = {"unet.r": RANK, "unet.lora_alpha": RANK, "unet.lora_dropout": 0.5}
+    told["unet.target_modules"] = sorted(name.removeprefix("unet.") for name in weights)
+    paths = save_peft(tmp_path / "plain.safetensors", weights), tmp_path / "dropout.safetensors"
+    save_file(load_file(paths[0]), paths[1], metadata={"lora_adapter_metadata": json.dumps(told)})
+    pictures = []
+    for path in paths:
+        model = load(folder, [("style", str(path))])
+        model.use_loras([("style", 1.0)])
+        pictures.append(picture(model))
+    np.testing.assert_array_equal(*pictures)
 
 
 def test_text_states_are_kept_apart_by_lora_set(folder: Path, tmp_path: Path) -> None:
