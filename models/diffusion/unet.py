@@ -23,6 +23,8 @@ def load_unet(folder: Folder, name: str, device: torch.device, dtype: torch.dtyp
             f"{path}: in_channels {config.get('in_channels')} is not out_channels {config.get('out_channels')}; "
             "inpainting and variance-predicting UNets are not served"
         )
+    if config.get("sample_size") is None:
+        raise ModelError(f"{path}: sample_size is missing, so the size of the model's own pictures is not known")
     for key, wanted in _expected(folder.pipeline).items():
         if config.get(key) != wanted:
             raise ModelError(f"{path}: {key} is {config.get(key)!r}; served in a {folder.pipeline} is {wanted!r}")

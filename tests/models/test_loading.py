@@ -20,8 +20,9 @@ from tests import tiny
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def load(folder: Path, **arguments: Any) -> LoadedModel:
-    return load_model(str(folder), **{"dtype": "float32", "device": "cpu", "cache_dir": folder / "cache"} | arguments)
+def load(source: Path | str, **arguments: Any) -> LoadedModel:
+    defaults = {"dtype": "float32", "device": "cpu", "cache_dir": Path(source) / "cache"}
+    return load_model(str(source), **defaults | arguments)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"text_encoder/model\.safetensors has wrong shapes for .*fc1",
     ),
     "inpainting": (lambda f: edit_json(f / "unet" / "config.json", in_channels=9), "in_channels 9 is not out_channels"),
+    "no size": (
+        lambda f: edit_json(f / "unet" / "config.json", sample_size=None),
+        r"unet/config\.json: sample_size is missing",
+    ),
     "class conditioning": (
         lambda f: edit_json(f / "unet" / "config.json", class_embed_type="timestep"),
         r"unet/config\.json: class_embed_type is 'timestep'; served in a StableDiffusionPipeline is None",
@@ -225,6 +230,25 @@ def test_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ModelError, match=r"nobody/nothing@v9 is not in .* and the hub cannot be reached") as caught:
         load_model("nobody/nothing", revision="v9", cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_hub_id_and_revision(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None
+) -> None:
+    """From the hub client's own cache, so that no network is needed."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    repository = tmp_path / "hub" / "models--nobody--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for name, commit in commits.items():
+        (repository / "refs" / name).write_text(commit)
+        shutil.copytree(whole, repository / "snapshots" / commit)
+    edit_json(repository / "snapshots" / commits["v1"] / "scheduler" / "scheduler_config.json", steps_offset=0)
+    model = load("nobody/tiny", revision=revision, cache_dir=tmp_path)
+    assert (model.card.name, model.card.source) == ("nobody/tiny", "nobody/tiny")
+    assert model.card.revision == commits[revision or "main"]
+    assert model.schedule.steps_offset == (0 if revision else 1)
 
 
 def test_auto_dtype_is_one_of_two_on_cpu(whole: Path) -> None:
