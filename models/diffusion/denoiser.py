@@ -54,6 +54,7 @@ class TextDenoiser:
         if prediction not in PREDICTIONS:
             raise ModelError(f"prediction_type {prediction!r} is not served; served are {', '.join(PREDICTIONS)}")
         self._unet = unet
+        self._dtype, self._device = unet.dtype, unet.device  # asked once: both walk over all modules, for milliseconds
         self._to_x0 = PREDICTIONS[prediction]
         self._clip = clip
         self._batches: OrderedDict[tuple[int, ...], Batch] = OrderedDict()
@@ -68,7 +69,7 @@ class TextDenoiser:
         self, x: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor, conditions: Sequence[Condition]
     ) -> torch.Tensor:
         batch = self._batch(conditions)
-        sample = x.to(self._unet.dtype, memory_format=torch.channels_last)
+        sample = x.to(self._dtype, memory_format=torch.channels_last)
         if batch.guided is not None:
             rows = slice(None) if batch.all_guided else batch.guided
             sample, t = torch.cat([sample, sample[rows]]), torch.cat([t, t[rows]])
@@ -95,12 +96,12 @@ class TextDenoiser:
         scales = torch.tensor([condition.guidance_scale for condition in conditions])
         if self.embeds_guidance:
             width = self._unet.config.time_cond_proj_dim
-            arguments["timestep_cond"] = self._send(guidance_embedding(scales, width).to(self._unet.dtype))
+            arguments["timestep_cond"] = self._send(guidance_embedding(scales, width).to(self._dtype))
         if self._unet.config.addition_embed_type == "text_time":
             sizes = [condition.time_ids for condition in conditions] + [conditions[row].time_ids for row in guided]
             arguments["added_cond_kwargs"] = {
                 "text_embeds": torch.stack([text.pooled for text in texts if text.pooled is not None]),
-                "time_ids": self._send(torch.tensor(sizes, dtype=self._unet.dtype)),
+                "time_ids": self._send(torch.tensor(sizes, dtype=self._dtype)),
             }
         if not guided:
             return Batch(conditions, None, None, arguments)
@@ -108,7 +109,7 @@ class TextDenoiser:
         return Batch(conditions, self._send(rows), self._send(scales[rows].view(-1, 1, 1, 1)), arguments)
 
     def _send(self, values: torch.Tensor) -> torch.Tensor:
-        return to_device(values, self._unet.device)
+        return to_device(values, self._device)
 
 
 class ConsistencyDenoiser:
@@ -127,6 +128,7 @@ class ConsistencyDenoiser:
 
     def __init__(self, unet: Any, *, sigma_min: float, sigma_data: float, clip_denoised: bool) -> None:
         self._unet = unet
+        self._dtype, self._device = unet.dtype, unet.device
         self._sigma_min, self._sigma_data = sigma_min, sigma_data
         self._clip_denoised = clip_denoised
         self._labels: tuple[tuple[int | None, ...], torch.Tensor] | None = None
@@ -138,7 +140,7 @@ class ConsistencyDenoiser:
         sigma = (t / 250).exp().view(-1, 1, 1, 1)
         x_ve = x * (1 + sigma * sigma).sqrt()
         norm = (sigma * sigma + self._sigma_data**2).sqrt()
-        sample = (x_ve / norm).to(self._unet.dtype, memory_format=torch.channels_last)
+        sample = (x_ve / norm).to(self._dtype, memory_format=torch.channels_last)
         labels = self._class_labels(conditions)
         output: torch.Tensor = self._unet(sample, t, class_labels=labels, return_dict=False)[0].float()
         excess = sigma - self._sigma_min
@@ -156,7 +158,7 @@ class ConsistencyDenoiser:
             for label in wanted:
                 if label is None or not 0 <= label < classes:
                     raise ModelError(f"class_label {label} is not allowed; this model draws classes 0 to {classes - 1}")
-            self._labels = wanted, to_device(torch.tensor(wanted), self._unet.device)
+            self._labels = wanted, to_device(torch.tensor(wanted), self._device)
         return self._labels[1]
 
 

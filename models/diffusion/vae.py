@@ -26,6 +26,7 @@ class LatentDecoder:
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae
+        self._dtype = vae.dtype
         config = vae.config
         self.scale = 2 ** (len(config.block_out_channels) - 1)
         self.channels = int(config.latent_channels)
@@ -48,7 +49,7 @@ class LatentDecoder:
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         factor, shift = self._affine
         latents = torch.addcmul(shift, latents, factor)
-        latents = latents.to(self._vae.dtype, memory_format=torch.channels_last)
+        latents = latents.to(self._dtype, memory_format=torch.channels_last)
         pixels = latents.shape[2] * latents.shape[3] * self.scale**2
         parts = latents.split(max(1, MAX_DECODE_PIXELS[latents.device.type] // pixels))
         return torch.cat([to_uint8(self._vae.decode(part, return_dict=False)[0]) for part in parts])
