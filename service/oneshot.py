@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from service.config import Settings
-from service.diffusion.request import Completed, Draft, Failed, Image, ImageRequest, Progress, Timings
+from service.diffusion.request import Completed, Draft, Failed, Image, ImageRequest, Progress
 from service.errors import CancelledError, SetupError, invalid
 from service.pictures import SUFFIXES, contact_sheet, encode
 from service.recipe import Recipe, recipe_of
@@ -137,11 +137,13 @@ def generate(settings: Settings, draft: Draft, output: Output, *, quiet: bool) -
 
     runtime = open_runtime(settings)
     request = runtime.resolve(draft, FLAGS)
-    images, timings = asyncio.run(_draw(runtime, request, quiet))
+    images, completed = asyncio.run(_draw(runtime, request, quiet))
     files = _write(request, images, runtime.card.name, output)
     for file, image in zip(files, images, strict=False):
-        say(f"{file}: seed {image.seed}, {image.steps_run} steps, {timings.total_s:.1f} s", quiet)
-    return _described(request, runtime.card.name, images, files, timings)
+        say(f"{file}: seed {image.seed}, {image.steps_run} steps, {completed.timings.total_s:.1f} s", quiet)
+    for warning in completed.warnings:
+        say(warning, quiet)
+    return _described(request, runtime.card.name, images, files, completed)
 
 
 def say(line: str, quiet: bool) -> None:
@@ -149,7 +151,7 @@ def say(line: str, quiet: bool) -> None:
         print(line, file=sys.stderr)
 
 
-async def _draw(runtime: Runtime, request: ImageRequest, quiet: bool) -> tuple[list[Image], Timings]:
+async def _draw(runtime: Runtime, request: ImageRequest, quiet: bool) -> tuple[list[Image], Completed]:
     runtime.bridge.start()
     images: list[Image] = []
     done = dict.fromkeys(range(request.n), 0)
@@ -164,7 +166,7 @@ async def _draw(runtime: Runtime, request: ImageRequest, quiet: bool) -> tuple[l
                 elif isinstance(event, Failed):
                     raise event.error
                 elif isinstance(event, Completed):
-                    return sorted(images, key=lambda image: image.index), event.timings
+                    return sorted(images, key=lambda image: image.index), event
         raise CancelledError("the request was cancelled")
     finally:
         await runtime.bridge.close(0)
@@ -191,7 +193,7 @@ def _write(request: ImageRequest, images: Sequence[Image], model: str, output: O
 
 
 def _described(
-    request: ImageRequest, model: str, images: Sequence[Image], files: Sequence[Path], timings: Timings
+    request: ImageRequest, model: str, images: Sequence[Image], files: Sequence[Path], completed: Completed
 ) -> dict[str, Any]:
     return {
         "id": request.id,
@@ -212,5 +214,6 @@ def _described(
             for file, image in zip(files, images, strict=False)
         ],
         "contact_sheet": str(files[-1]) if len(images) > 1 else None,
-        "timings": dataclasses.asdict(timings),
+        "timings": dataclasses.asdict(completed.timings),
+        "warnings": completed.warnings,
     }

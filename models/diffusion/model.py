@@ -22,6 +22,7 @@ class TextStates:
 
     hidden: torch.Tensor  # [L, D]
     pooled: torch.Tensor | None = None  # [P], SDXL only
+    unread: int = 0  # tokens at the prompt's end that the encoder has no room for
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ import torch
 from models.diffusion.folder import Folder, load_module, one_line, quiet_libraries
 from models.diffusion.model import TextStates
 from models.errors import ModelError
-
-logger = logging.getLogger(__name__)
 
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "BertModel")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast")
@@ -31,12 +28,12 @@ class Tower:
 
     def __call__(self, prompts: Sequence[str], *, hidden_states: bool) -> Any:
         """Run the encoder on prompts padded or cut to the tokenizer's length."""
-        limit = self.tokenizer.model_max_length
-        for number, ids in enumerate(self.tokenizer(list(prompts))["input_ids"]):
-            if len(ids) > limit:
-                logger.warning("prompt %d has %d tokens; the last %d are ignored", number, len(ids), len(ids) - limit)
         tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
         ).to(self.encoder.device)
         masked = getattr(self.encoder.config, "use_attention_mask", False)
         return self.encoder(
@@ -44,6 +41,12 @@ class Tower:
             attention_mask=tokens.attention_mask if masked else None,
             output_hidden_states=hidden_states,
         )
+
+    def unread(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens of each prompt are cut off at the tokenizer's length."""
+        limit = self.tokenizer.model_max_length
+        encoded = self.tokenizer(list(prompts), verbose=False)["input_ids"]  # or it warns of what is cut off anyway
+        return [max(0, len(ids) - limit) for ids in encoded]
 
 
 class TextEncoder:
@@ -81,13 +84,18 @@ class TextEncoder:
 
     @torch.no_grad()
     def _run(self, prompts: Sequence[str]) -> list[TextStates]:
+        unread = [max(counts) for counts in zip(*(tower.unread(prompts) for tower in self.towers), strict=True)]
         if len(self.towers) == 1:
             hidden = self.towers[0](prompts, hidden_states=False)[0]
-            return [TextStates(row.clone()) for row in hidden]  # cloned: a view would keep the whole batch alive
+            # Cloned: a view would keep the whole batch alive.
+            return [TextStates(row.clone(), None, count) for row, count in zip(hidden, unread, strict=True)]
         outputs = [tower(prompts, hidden_states=True) for tower in self.towers]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         pooled = outputs[-1].text_embeds
-        return [TextStates(row.clone(), vector.clone()) for row, vector in zip(hidden, pooled, strict=True)]
+        return [
+            TextStates(row.clone(), vector.clone(), count)
+            for row, vector, count in zip(hidden, pooled, unread, strict=True)
+        ]
 
 
 def load_text(folder: Folder, device: torch.device, dtype: torch.dtype) -> TextEncoder:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from service.api.state import Service
 from service.bridge import RequestStream
-from service.diffusion.request import Cancelled, Completed, Event, Failed, Image, ImageRequest, Partial, Timings
+from service.diffusion.request import Cancelled, Completed, Event, Failed, Image, ImageRequest, Partial
 from service.errors import CancelledError, UnavailableError
 from service.recipe import recipe_of
 
@@ -47,10 +47,10 @@ class Job:
         return await service.encode(cast(np.ndarray, partial.pixels), self.format, self.quality)
 
 
-async def draw(service: Service, client: Request, job: Job) -> tuple[list[Picture], Timings]:
-    """All pictures of a request, in order. Raises the HeadstartError that ended it."""
+async def draw(service: Service, client: Request, job: Job) -> tuple[list[Picture], Completed]:
+    """All pictures of a request, in order, and its last event. Raises the HeadstartError that ended it."""
     encoding: list[asyncio.Task[Picture]] = []
-    timings = Timings()
+    completed: Completed | None = None
     try:
         request = replace(job.request, partial_images=0)  # there is no stream to show them in
         async with events_of(service, client, service.submit(request)) as events:
@@ -58,12 +58,13 @@ async def draw(service: Service, client: Request, job: Job) -> tuple[list[Pictur
                 if isinstance(event, Image):
                     encoding.append(asyncio.create_task(job.picture(service, event)))
                 elif isinstance(event, Completed):
-                    timings = event.timings
+                    completed = event
         pictures = await asyncio.gather(*encoding)
     finally:
         for task in encoding:
             task.cancel()
-    return sorted(pictures, key=lambda picture: picture.image.index), timings
+    assert completed is not None  # any other end was raised
+    return sorted(pictures, key=lambda picture: picture.image.index), completed
 
 
 @contextlib.asynccontextmanager

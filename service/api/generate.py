@@ -40,16 +40,17 @@ async def generate(client: Request) -> Response:
         return EventStream(_messages(service, client, job, service.submit(request)))
     if media_type.startswith("image/") and request.n > 1:
         raise invalid("n", request.n, f"1 for Accept: {media_type}; ask for application/json to get several pictures")
-    pictures, timings = await draw(service, client, job)
+    pictures, completed = await draw(service, client, job)
     if media_type.startswith("image/"):
-        return Response(pictures[0].data, media_type=media_type, headers=_headers(job, pictures[0], timings.total_s))
+        return Response(pictures[0].data, media_type=media_type, headers=_headers(job, pictures[0], completed))
     return JSONResponse(
         {
             "id": request.id,
             "created": int(time.time()),
             "model": job.model,
             "data": [{"b64_json": base64_text(picture.data)} | _facts(job, picture.image) for picture in pictures],
-            "timings": dataclasses.asdict(timings),
+            "timings": dataclasses.asdict(completed.timings),
+            "warnings": completed.warnings,
         }
     )
 
@@ -72,7 +73,7 @@ def _facts(job: Job, image: Image) -> dict[str, Any]:
     }
 
 
-def _headers(job: Job, picture: Picture, total_s: float) -> dict[str, str]:
+def _headers(job: Job, picture: Picture, completed: Completed) -> dict[str, str]:
     facts = {
         "Id": job.request.id,
         "Model": quote(job.model),
@@ -80,8 +81,10 @@ def _headers(job: Job, picture: Picture, total_s: float) -> dict[str, str]:
         "Steps-Run": picture.image.steps_run,
         "Steps-Skipped": picture.image.steps_skipped,
         "Evaluations": picture.image.evaluations,
-        "Total-Seconds": f"{total_s:.3f}",
+        "Total-Seconds": f"{completed.timings.total_s:.3f}",
     }
+    if completed.warnings:
+        facts["Warning"] = "; ".join(completed.warnings)
     return {f"X-Headstart-{name}": str(value) for name, value in facts.items()}
 
 
@@ -102,6 +105,7 @@ async def _messages(service: Service, client: Request, job: Job, stream: Request
                     picture = await job.picture(service, event)
                     message = image_message(job, picture.data) | {"index": event.index} | _facts(job, event)
                     yield "image_generation.completed", message
-                case Completed(_, timings):
+                case Completed(_, timings, warnings):
                     name = "headstart.completed"
-                    yield name, {"type": name, "id": job.request.id, "timings": dataclasses.asdict(timings)}
+                    facts = {"timings": dataclasses.asdict(timings), "warnings": warnings}
+                    yield name, {"type": name, "id": job.request.id} | facts

@@ -34,13 +34,14 @@ async def generations(client: Request) -> Response:
     job = Job(runtime.resolve(body.draft(), body.names), model, body.output_format or "png", body.quality)
     if body.stream:
         return EventStream(_messages(service, client, job, service.submit(job.request)))
-    pictures, _ = await draw(service, client, job)
+    pictures, completed = await draw(service, client, job)
     reply: dict[str, Any] = {
         "created": int(time.time()),
         "data": [{"b64_json": base64_text(picture.data), "seed": picture.image.seed} for picture in pictures],
         "size": job.size,
         "output_format": job.format,
         "background": "opaque",
+        "warnings": completed.warnings,
     }
     return JSONResponse(reply)
 

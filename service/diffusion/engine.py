@@ -219,7 +219,17 @@ class DiffusionEngine:
             Image(picture.request.id, picture.index, picture.seed, pixels, steps, skipped, steps * picture.evaluations)
         )
         if self._scheduler.complete(picture):
-            self._events.append(Completed(job.request.id, job.timings(self._clock())))
+            self._events.append(Completed(job.request.id, job.timings(self._clock()), self._warnings(job)))
+
+    def _warnings(self, job: Job) -> tuple[str, ...]:
+        condition = job.condition
+        texts = {} if condition is None else {"prompt": condition.positive, "negative_prompt": condition.negative}
+        most = self.card.max_prompt_tokens
+        return tuple(
+            f"{field}: its last {text.unread} tokens were ignored; this model reads {most} tokens"
+            for field, text in texts.items()
+            if text is not None and text.unread
+        )
 
     def _fail_picture(self, picture: Picture, error: HeadstartError) -> None:
         job = self._scheduler.jobs.get(picture.request.id)

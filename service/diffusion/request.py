@@ -120,8 +120,11 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
+    """`warnings` say what of the request had no effect."""
+
     request_id: str
     timings: Timings
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

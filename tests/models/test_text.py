@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -94,10 +93,9 @@ def test_more_new_prompts_than_are_remembered(folder: Path) -> None:
 
 
 def test_truncation_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    prompt = "a cat " * 20
-    with caplog.at_level(logging.WARNING, logger="models"):
-        encoder(folder).encode(["a cat", prompt])
-    assert caplog.messages == [f"prompt 1 has 42 tokens; the last {42 - tiny.BERT_LENGTH} are ignored"]
+    states = encoder(folder).encode(["a cat", "a cat " * 20])
+    assert [state.unread for state in states] == [0, 42 - tiny.BERT_LENGTH]
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import base64
 import concurrent.futures
 import io
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -104,6 +105,16 @@ def test_a_client_that_leaves_frees_the_engine(url: str) -> None:
         time.sleep(0.01)
     assert "headstart_requests_waiting 0.0" in metrics
     assert draw(url, MIXED[1]).shape == (64, 64, 3)
+
+
+def test_a_prompt_that_is_cut_off_is_told_of(url: str) -> None:
+    body = {"prompt": "a cat " * 200, "negative_prompt": "fox", "num_inference_steps": 1, "sampler": "ddim"}
+    reply = httpx.post(f"{url}/generate", json=body, timeout=60)
+    (warning,) = reply.json()["warnings"]
+    assert re.fullmatch(r"prompt: its last \d{2,} tokens were ignored; this model reads \d+ tokens", warning)
+    picture = httpx.post(f"{url}/generate", json=body, headers={"Accept": "image/png"}, timeout=60)
+    assert picture.headers["x-headstart-warning"] == warning
+    assert httpx.post(f"{url}/generate", json=body | {"prompt": "a cat"}, timeout=60).json()["warnings"] == []
 
 
 def test_a_deadline_is_kept(url: str) -> None:

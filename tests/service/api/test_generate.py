@@ -26,7 +26,7 @@ def test_json_reply_names_every_picture_and_what_it_took(client: httpx.Client) -
     reply = client.post("/generate", json=body)
     assert reply.status_code == 200
     answer = reply.json()
-    assert set(answer) == {"id", "created", "model", "data", "timings"}
+    assert set(answer) == {"id", "created", "model", "data", "timings", "warnings"}
     assert answer["model"] == "fake"
     assert set(answer["timings"]) == {"queue_s", "encode_s", "denoise_s", "decode_s", "total_s"}
     assert [entry["seed"] for entry in answer["data"]] == [70000, 70001, 70002]
