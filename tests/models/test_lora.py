@@ -36,13 +36,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lora_weights(folder: Path, seed: int, *, text: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Random (down, up) for some layers, by "unet." or "text_encoder." and the layer's name."""
+    """Random (down, up) for some layers, by "unet.", "text_encoder." or "text_encoder_2." and the layer's name."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for part, file, layers in (
         ("unet", "diffusion_pytorch_model.safetensors", UNET_LAYERS),
         ("text_encoder", "model.safetensors", TEXT_LAYERS if text else ()),
+        ("text_encoder_2", "model.safetensors", TEXT_LAYERS if text else ()),
     ):
+        if not (folder / part).is_dir():
+            continue
         for key, value in load_file(folder / part / file).items():
             if key.endswith(tuple(f".{layer}.weight" for layer in layers)):
                 down = torch.randn(RANK, value.shape[1], generator=generator) / value.shape[1] ** 0.5
@@ -60,12 +63,14 @@ def save_peft(path: Path, weights: dict[str, tuple[torch.Tensor, torch.Tensor]])
 
 
 def save_kohya(path: Path, weights: dict[str, tuple[torch.Tensor, torch.Tensor]], alpha: float) -> Path:
+    xl = any(name.startswith("text_encoder_2.") for name in weights)
+    prefixes = {"unet": "unet", "text_encoder": "te1" if xl else "te", "text_encoder_2": "te2"}
     state = {}
     for name, (down, up) in weights.items():
         part, layer = name.split(".", 1)
-        if part == "text_encoder" and not layer.startswith("text_model."):
+        if part != "unet" and not layer.startswith("text_model."):
             layer = f"text_model.{layer}"  # the name has this prefix in every kohya file
-        stem = f"lora_{'unet' if part == 'unet' else 'te'}_{layer.replace('.', '_')}"
+        stem = f"lora_{prefixes[part]}_{layer.replace('.', '_')}"
         state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(alpha)}
     save_file({key: value.contiguous() for key, value in state.items()}, path)
     return path
@@ -75,9 +80,9 @@ def load(folder: Path, loras: list[tuple[str, str]]) -> LoadedModel:
     return load_model(str(folder), dtype="float32", device="cpu", loras=loras, cache_dir=folder / "cache")
 
 
-def picture(model: LoadedModel, prompt: str = "a red fox") -> np.ndarray:
-    conditions = model.encode([(prompt, "")], [5.0], "ddim", model.card.default_size)
-    return draw(model, "ddim", 3, conditions, noise_for(model, 1))
+def picture(model: LoadedModel, sampler: str = "ddim") -> np.ndarray:
+    conditions = model.encode([("a red fox", "")], [5.0], sampler, model.card.default_size)
+    return draw(model, sampler, 3, conditions, noise_for(model, 1))
 
 
 def stock_picture(pipeline: Any, model: LoadedModel) -> np.ndarray:
@@ -106,6 +111,22 @@ def test_same_picture_as_the_stock_pipeline(folder: Path, tmp_path: Path, form: 
         assert np.abs(expected - plain).mean() > 0.005  # the LoRA is not lost in both
     model.use_loras(())
     assert psnr(picture(model), plain) >= LEAST_PSNR
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya"])
+def test_same_picture_as_the_stock_sdxl_pipeline(tmp_path: Path, form: str) -> None:
+    folder = tiny.sdxl(tmp_path / "model")
+    path, weights = tmp_path / "style.safetensors", lora_weights(folder, 1, text=True)
+    save_peft(path, weights) if form == "peft" else save_kohya(path, weights, alpha=2.0)
+    model = load(folder, [("", str(path))])
+    model.use_loras([("style", 0.75)])
+    pipeline = stock(folder, "StableDiffusionXLPipeline")
+    plain = stock_picture(pipeline, model)
+    pipeline.load_lora_weights(path, adapter_name="style")
+    pipeline.set_adapters(["style"], [0.75])
+    expected = stock_picture(pipeline, model)
+    assert psnr(picture(model, "euler"), expected) >= LEAST_PSNR
+    assert np.abs(expected - plain).mean() > 0.005
 
 
 def test_no_lora_is_active_after_loading(folder: Path, tmp_path: Path) -> None:
