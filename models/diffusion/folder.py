@@ -108,8 +108,12 @@ def _check_weights(path: Path) -> Path:
     """Find a component's weights, check that every safetensors file is whole, return the file that stands for them."""
     for stem in WEIGHT_STEMS:
         if (index := path / f"{stem}.safetensors.index.json").is_file():
-            for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
-                _check_safetensors(path / shard)
+            shards = read_json(index).get("weight_map", {})
+            for shard in sorted(set(shards.values())):
+                names = _check_safetensors(path / shard)
+                absent = sorted(name for name, file in shards.items() if file == shard and name not in names)
+                if absent:  # the library would leave these weights without data
+                    raise ModelError(f"{path / shard} lacks {listing(absent)}")
             return index
         if (single := path / f"{stem}.safetensors").is_file():
             _check_safetensors(single)
@@ -120,12 +124,13 @@ def _check_weights(path: Path) -> Path:
     raise ModelError(f"{path} holds no weights: looked for {' and '.join(f'{s}.safetensors' for s in WEIGHT_STEMS)}")
 
 
-def _check_safetensors(path: Path) -> None:
+def _check_safetensors(path: Path) -> set[str]:
+    """The names of the tensors in a file that is whole."""
     if not path.is_file():
         raise ModelError(f"{path} is missing")
     try:
-        with safe_open(path, framework="pt"):  # compares the header's offsets with the file's size
-            pass
+        with safe_open(path, framework="pt") as file:  # compares the header's offsets with the file's size
+            return set(file.keys())
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged or cut short: {one_line(error)}") from None
 

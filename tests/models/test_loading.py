@@ -107,7 +107,11 @@ def test_sharded_weights(folder: Path, capfd: pytest.CaptureFixture[str]) -> Non
     (folder / "unet" / WEIGHTS).unlink()
     assert load(folder).card.kind == "sd"
     assert capfd.readouterr() == ("", "")
-    (folder / "unet" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    second = folder / "unet" / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    shutil.copy(folder / "vae" / WEIGHTS, second)  # whole, and not the shard that the index means
+    with pytest.raises(ModelError, match=r"00002-of-00002\.safetensors lacks .*weight"):
+        load(folder)
+    second.unlink()
     with pytest.raises(ModelError, match=r"00002-of-00002\.safetensors is missing"):
         load(folder)
 
