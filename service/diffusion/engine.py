@@ -223,13 +223,19 @@ class DiffusionEngine:
 
     def _warnings(self, job: Job) -> tuple[str, ...]:
         condition = job.condition
-        texts = {} if condition is None else {"prompt": condition.positive, "negative_prompt": condition.negative}
+        assert condition is not None
+        texts = {"prompt": condition.positive, "negative_prompt": condition.negative}
         most = self.card.max_prompt_tokens
-        return tuple(
+        warnings = [
             f"{field}: its last {text.unread} tokens were ignored; this model reads {most} tokens"
             for field, text in texts.items()
             if text is not None and text.unread
-        )
+        ]
+        request = job.request
+        if request.negative_prompt and texts["negative_prompt"] is None:
+            setting = f"the sampler {request.sampler} at guidance_scale {request.guidance_scale:g}"
+            warnings.append(f"negative_prompt: it has no effect on {setting}")
+        return tuple(warnings)
 
     def _fail_picture(self, picture: Picture, error: HeadstartError) -> None:
         job = self._scheduler.jobs.get(picture.request.id)

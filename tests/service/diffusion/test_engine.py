@@ -311,6 +311,15 @@ def test_an_observer_sees_ticks_and_stages():
     assert notes.stages == ["encode", "preview", "decode"]
 
 
+def test_a_negative_prompt_without_effect_is_told_of():
+    engine = DiffusionEngine(ToyModel(), settings())
+    engine.add(request("guided", guidance_scale=2.0, negative_prompt="fox"))
+    engine.add(request("unguided", guidance_scale=1.0, negative_prompt="fox"))
+    warnings = {event.request_id: event.warnings for event in of(drain(engine), Completed)}
+    assert warnings["guided"] == ()
+    assert warnings["unguided"] == ("negative_prompt: it has no effect on the sampler ddim at guidance_scale 1",)
+
+
 def test_a_decode_between_ticks_is_bounded():
     model = ToyModel()
     engine = DiffusionEngine(model, settings())
