@@ -15,7 +15,8 @@ import torch
 
 from models.bundles import registry
 from models.bundles.assemble import student_folder
-from models.bundles.manifest import MANIFEST, read_manifest, seal, sha256
+from models.bundles.manifest import MANIFEST, own_files, read_manifest, seal, sha256
+from models.bundles.verify import first_fault
 from models.diffusion.folder import quiet_libraries
 from models.diffusion.loading import load_model
 from models.errors import ModelError
@@ -127,6 +128,38 @@ def test_pull_then_load_and_draw_as_the_stock_pipelines(
         ).images
         conditions = model.encode([(prompt, "")], [3.0], sampler, card.default_size)
         assert psnr(draw(model, sampler, 4, conditions, noise, seed=2), np.asarray(expected)) >= LEAST_PSNR
+
+
+def test_shipped_bundle_is_what_was_promised(tmp_path: Path) -> None:
+    root = registry.ROOTS["default"]
+    manifest = read_manifest(root)
+    own = [file for file in manifest.files if file.source is None]
+    assert first_fault(own, root) is None
+    assert sorted(file.path for file in own) == sorted(own_files(root))
+    assert max(file.size for file in own) <= 16 * 2**20
+    for unet in ("unet", "unet_lcm"):
+        assert sum(file.size for file in own if file.path.startswith(f"{unet}/")) < 64e6
+    training = json.loads((root / MANIFEST).read_text())["training"]
+    assert training["vae"]["psnr"] >= 30
+    assert training["evaluation"]["ddim-50 g3"]["single"]["n"] >= 500
+    for kind in ("single", "small", "pair", "two", "three", "gradient"):
+        figures = training["evaluation"]["ddim-50 g3"][kind]
+        assert figures["concept"] >= 95
+        assert figures["colour"] >= 98
+
+
+def test_the_hub_where_the_package_index_fails(
+    offline_roots: registry.Roots, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(hub_id: str, file: str, *, local_dir: Path) -> str:
+        assert hub_id == "nobody/tower"
+        local_dir.mkdir(parents=True, exist_ok=True)
+        (path,) = (path for path in (origin / "model").rglob(file) if f"{path.parent.name}/{file}" in MEMBERS)
+        return str(shutil.copy(path, local_dir / file))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    registry.pull("tiny", tmp_path / "cache", roots=offline_roots)
+    assert registry.verify("tiny", tmp_path / "cache", roots=offline_roots).name == "tiny-v1"
 
 
 def test_second_pull_needs_no_network(roots: registry.Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,17 @@ def test_rows_equal_their_solo_runs_and_cost_what_they_say(
         torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(9, 13), (8, 33), (16, 8)])
+def test_any_size_in_latent_cells(model: LoadedModel, shape: tuple[int, int]) -> None:
+    """What the card allows: multiples of 8 pixels, also those that the UNet cannot halve evenly."""
+    assert model.card.size_multiple == model.card.scale == 8
+    conditions = model.encode([("a cat", "")], [3.0], "ddim", (8 * shape[1], 8 * shape[0]))
+    x = torch.randn(1, 4, *shape, generator=torch.Generator().manual_seed(0))
+    denoised = model.denoiser("ddim")(x, torch.tensor([500.0]), torch.tensor([0.5]), conditions)
+    assert denoised.isfinite().all()
+    assert model.decode(denoised).shape == (1, 8 * shape[0], 8 * shape[1], 3)
+
+
 def test_guidance_is_the_stated_combination(model: LoadedModel) -> None:
     (guided,) = model.encode([("a red apple", "blue")], [4.0], "ddim", SIZE)
     network, (x, t, alpha) = model.denoiser("ddim"), inputs(1)
