@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 from service.config import DEFAULTS, OPTIONS, LogSettings, Settings, load
 
 BEGUN = time.monotonic()
+LINE_S = 5.0  # between lines of progress
 
 
 def serve(chosen: argparse.Namespace) -> int:
@@ -85,11 +87,11 @@ def _settings(chosen: argparse.Namespace, defaults: Settings = DEFAULTS) -> Sett
 
 
 class _Bars:
-    """A progress bar for each thing that is fetched; a line at its start and end where no one watches a terminal."""
+    """A progress bar for each thing that is fetched; a line now and then where no one watches a terminal."""
 
     def __init__(self) -> None:
         self._bars: dict[str, Any] = {}
-        self._said: dict[str, int] = {}
+        self._said = -math.inf
 
     def __enter__(self) -> _Bars:
         return self
@@ -110,8 +112,6 @@ class _Bars:
         bar.update(done - bar.n)
 
     def _say(self, what: str, done: int, total: int) -> None:
-        if what not in self._said:
-            print(f"fetching {what}: {total / 1e6:.1f} MB", file=sys.stderr, flush=True)
-        elif done == total and self._said[what] < total:
-            print(f"fetched {what}", file=sys.stderr, flush=True)
-        self._said[what] = done
+        if time.monotonic() - self._said >= LINE_S:
+            self._said = time.monotonic()
+            print(f"fetching {what}: {done / 1e6:.1f} of {total / 1e6:.1f} MB", file=sys.stderr, flush=True)

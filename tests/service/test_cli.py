@@ -246,11 +246,16 @@ def test_a_reader_that_leaves(folder: Path, tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (141, b"")
 
 
-def test_progress_is_two_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with commands._Bars() as bars:
-        for done in (0, 0, 1_000_000, 2_500_000, 2_500_000):
+        for done in (0, 1_200_000, 2_500_000):
             bars.show("text tower", done, 2_500_000)
-    assert capsys.readouterr() == ("", "fetching text tower: 2.5 MB\nfetched text tower\n")
+        monkeypatch.setattr(commands, "LINE_S", 0.0)
+        bars.show("text tower", 2_500_000, 2_500_000)
+    first, last = "fetching text tower: 0.0 of 2.5 MB\n", "fetching text tower: 2.5 of 2.5 MB\n"
+    assert capsys.readouterr() == ("", first + last)
 
 
 def test_models_list_pull_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
