@@ -4,14 +4,17 @@ A caption is a row of slots, each holding one phrase (0 is the empty phrase). Sl
 put in one of a few orders, and their tokens are packed between [CLS] and [SEP].
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 
 import torch
 
+from models.training import wordings
 from models.training.concepts import COLOUR_NAMES, COLOUR_WORDS, STYLES, Concept, article, pluralise
+from models.training.phrases import Phrases, Variants, Wordings, Words
 from models.training.scenes import PAIR, SMALL, THREE, TWO, Scenes
 from models.training.text import LENGTH, TextTower
+from models.training.wordings import Weighted, Wording
 
 
 class Slot(IntEnum):
@@ -44,131 +47,6 @@ _BACKGROUND = (Slot.ON, Slot.TOP, Slot.TO, Slot.BOTTOM, Slot.GROUND)
 _USUAL = tuple(Slot)
 _BACKGROUND_FIRST = (*_BACKGROUND, *(slot for slot in Slot if slot not in _BACKGROUND))
 
-Weighted = Sequence[tuple[float, str]]
-
-_PREFIX: Weighted = (
-    (0.72, ""), (0.06, "a picture of"), (0.05, "an emoji of"), (0.03, "an icon of"), (0.02, "a drawing of"),
-    (0.02, "an image of"), (0.02, "an illustration of"), (0.02, "emoji of"), (0.02, "picture of"), (0.01, "a photo of"),
-    (0.01, "draw"), (0.01, "a cartoon of"), (0.01, "a cute emoji of"),
-)  # fmt: skip
-_STYLED_PREFIX: dict[str, Weighted] = {
-    "3d": ((0.3, "a 3d emoji of"), (0.2, "a 3d icon of"), (0.2, "a 3d render of"), (0.2, "3d emoji of"),
-           (0.1, "a 3d picture of")),
-    "flat": ((0.3, "a flat emoji of"), (0.2, "a flat icon of"), (0.2, "a flat drawing of"), (0.2, "flat emoji of"),
-             (0.1, "a flat picture of")),
-}  # fmt: skip
-_MANNER: dict[str, Weighted] = {
-    "3d": ((0.5, "in 3d"), (0.5, "in 3d style")),
-    "flat": ((0.7, "in flat style"), (0.3, "in a flat style")),
-}
-_AFTER: dict[str, Weighted] = {
-    "3d": ((0.5, ", 3d"), (0.3, ", 3d style"), (0.2, "in 3d")),
-    "flat": ((0.5, ", flat"), (0.3, ", flat style"), (0.2, "in flat style")),
-}
-_FILLER: Weighted = (
-    (0.93, ""), (0.035, "cute"), (0.01, "nice"), (0.01, "beautiful"), (0.005, "cartoon"), (0.005, "simple"),
-    (0.005, "funny"),
-)  # fmt: skip
-_SUFFIX: Weighted = ((0.93, ""), (0.04, "emoji"), (0.02, "icon"), (0.01, "sticker"))
-_SMALL: Weighted = ((0.5, "small"), (0.3, "tiny"), (0.2, "little"))
-_LARGE: Weighted = ((0.4, "large"), (0.4, "big"), (0.1, "huge"), (0.1, "giant"))
-_TWO: Weighted = ((0.7, "two"), (0.15, "2"), (0.08, "a pair of"), (0.07, "a couple of"))
-_THREE: Weighted = ((0.8, "three"), (0.2, "3"))
-_LEFT: Weighted = (
-    (0.32, "and"), (0.15, "next to"), (0.08, "beside"), (0.2, "to the left of"), (0.1, "left of"), (0.05, "with"),
-    (0.1, "on the left of"),
-)  # fmt: skip
-_RIGHT: Weighted = ((0.55, "to the right of"), (0.25, "right of"), (0.2, "on the right of"))
-_STOP: Weighted = ((0.96, ""), (0.04, "."))
-
-# Background wordings: weight, before the colour ({a} is its article), between two colours, after.
-Wording = tuple[float, str, str, str]
-_PLAIN: Sequence[Wording] = (
-    (0.34, "on {a}", "", "background"), (0.08, "on", "", "background"), (0.16, "on", "", ""),
-    (0.16, ",", "", "background"), (0.12, "with {a}", "", "background"), (0.03, "against {a}", "", "background"),
-    (0.02, "", "", "background"), (0.02, "on {a} plain", "", "background"), (0.02, "on {a} solid", "", "background"),
-    (0.02, "on {a}", "", "backdrop"), (0.02, "in front of {a}", "", "background"),
-)  # fmt: skip
-_GRADIENT: Sequence[Wording] = (
-    (0.28, "on {a}", "to", "gradient"), (0.2, "on {a}", "to", "gradient background"), (0.1, ",", "to", "gradient"),
-    (0.1, "with {a}", "to", "gradient background"), (0.1, "on a gradient from", "to", ""),
-    (0.08, "on a gradient background from", "to", ""), (0.05, "on {a}", "and", "gradient"),
-    (0.05, "with a gradient from", "to", ""), (0.04, ",", "to", "gradient background"),
-)  # fmt: skip
-_FRONT_PLAIN: Sequence[Wording] = ((0.6, "on {a}", "", "background ,"), (0.4, "", "", "background ,"))
-_FRONT_GRADIENT: Sequence[Wording] = ((0.6, "on {a}", "to", "gradient ,"), (0.4, "", "to", "gradient background ,"))
-
-
-class Phrases:
-    """The phrase table: each distinct phrase once, the empty phrase first."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = [""]
-        self._index: dict[str, int] = {"": 0}
-
-    def add(self, text: str) -> int:
-        if text not in self._index:
-            self._index[text] = len(self.texts)
-            self.texts.append(text)
-        return self._index[text]
-
-
-class _Choice:
-    """Weighted choice of an option's number."""
-
-    def __init__(self, weights: Sequence[float], device: torch.device) -> None:
-        shares = torch.tensor(weights, dtype=torch.float64)
-        self._ends = (shares.cumsum(0) / shares.sum())[:-1].float().to(device)
-
-    def draw(self, count: int) -> torch.Tensor:
-        return torch.bucketize(torch.rand(count, device=self._ends.device), self._ends, right=True)
-
-
-class _Words:
-    """Weighted choice of a phrase."""
-
-    def __init__(self, options: Weighted, phrases: Phrases, device: torch.device) -> None:
-        self._choice = _Choice([weight for weight, _ in options], device)
-        self._ids = torch.tensor([phrases.add(text) for _, text in options], device=device)
-
-    def draw(self, count: int) -> torch.Tensor:
-        return self._ids[self._choice.draw(count)]
-
-
-class _Wordings:
-    """Weighted choice of a background wording, with the article that suits the colour."""
-
-    def __init__(self, options: Sequence[Wording], phrases: Phrases, device: torch.device) -> None:
-        self._choice = _Choice([option[0] for option in options], device)
-        table = [
-            [phrases.add(before.format(a="a")), phrases.add(before.format(a="an")), phrases.add(between),
-             phrases.add(after)]
-            for _, before, between, after in options
-        ]  # fmt: skip
-        self._table = torch.tensor(table, device=device)
-
-    def draw(self, vowel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(before, between, after) phrase ids, each [B]; `vowel` [B] says whether the colour's word needs 'an'."""
-        row = self._table[self._choice.draw(len(vowel))]
-        return torch.where(vowel, row[:, 1], row[:, 0]), row[:, 2], row[:, 3]
-
-
-class _Variants:
-    """Per concept (or colour), its alternative phrases as a padded table [N, V]."""
-
-    def __init__(self, rows: Sequence[Sequence[int]], device: torch.device) -> None:
-        width = max(1, *(len(row) for row in rows))
-        padded = [[*row, *([0] * (width - len(row)))] for row in rows]
-        self.table = torch.tensor(padded, device=device)
-        self.counts = torch.tensor([len(row) for row in rows], device=device)
-
-    def draw(self, index: torch.Tensor) -> torch.Tensor:
-        """A number below the row's count, uniformly; 0 where the row is empty."""
-        return (torch.rand(len(index), device=index.device) * self.counts[index]).long()
-
-    def take(self, index: torch.Tensor, variant: torch.Tensor) -> torch.Tensor:
-        return self.table[index, variant]
-
 
 def _plural_synonym(word: str) -> str:
     """Plural of a synonym; those already plural, or of the form 'x of y', stay as they are."""
@@ -183,25 +61,33 @@ class CaptionWriter:
         self.phrases = phrases = Phrases()
         self._tower = tower
 
-        def words(options: Weighted) -> _Words:
-            return _Words(options, phrases, device)
+        def words(options: Weighted) -> Words:
+            return Words(options, phrases, device)
 
-        self._prefix, self._filler, self._suffix, self._stop = map(words, (_PREFIX, _FILLER, _SUFFIX, _STOP))
-        self._small, self._large, self._two, self._three = map(words, (_SMALL, _LARGE, _TWO, _THREE))
-        self._left, self._right = words(_LEFT), words(_RIGHT)
+        def grounds(options: Sequence[Wording]) -> Wordings:
+            return Wordings(options, phrases, device)
+
+        def styled(options: Mapping[str, Weighted]) -> list[Words]:
+            return [words(options[style]) for style in STYLES]
+
+        self._prefix, self._filler = words(wordings.PREFIX), words(wordings.FILLER)
+        self._suffix, self._stop = words(wordings.SUFFIX), words(wordings.STOP)
+        self._small, self._large = words(wordings.SMALL), words(wordings.LARGE)
+        self._two, self._three = words(wordings.TWO), words(wordings.THREE)
+        self._left, self._right = words(wordings.LEFT), words(wordings.RIGHT)
         self._by_style = {
-            slot: [words(table[style]) for style in STYLES]
-            for slot, table in ((Slot.PREFIX, _STYLED_PREFIX), (Slot.MANNER, _MANNER), (Slot.AFTER, _AFTER))
+            Slot.PREFIX: styled(wordings.STYLED_PREFIX),
+            Slot.MANNER: styled(wordings.MANNER),
+            Slot.AFTER: styled(wordings.AFTER),
         }
-        self._plain, self._gradient, self._front_plain, self._front_gradient = (
-            _Wordings(table, phrases, device) for table in (_PLAIN, _GRADIENT, _FRONT_PLAIN, _FRONT_GRADIENT)
-        )
-        self._singular = _Variants([[phrases.add(w) for w in (c.name, *c.synonyms)] for c in concepts], device)
-        self._plural = _Variants(
+        self._plain, self._gradient = grounds(wordings.PLAIN), grounds(wordings.GRADIENT)
+        self._front_plain, self._front_gradient = grounds(wordings.FRONT_PLAIN), grounds(wordings.FRONT_GRADIENT)
+        self._singular = Variants([[phrases.add(w) for w in (c.name, *c.synonyms)] for c in concepts], device)
+        self._plural = Variants(
             [[phrases.add(w) for w in (c.plural, *map(_plural_synonym, c.synonyms))] for c in concepts], device
         )
-        self._adjectives = _Variants([[phrases.add(w) for w in c.colours] for c in concepts], device)
-        self._colours = _Variants(
+        self._adjectives = Variants([[phrases.add(w) for w in c.colours] for c in concepts], device)
+        self._colours = Variants(
             [[phrases.add(w) for w in (name, *COLOUR_WORDS.get(name, ()))] for name in COLOUR_NAMES], device
         )
         self._takes_article = torch.tensor([c.plural != c.name for c in concepts], device=device)
@@ -218,7 +104,7 @@ class CaptionWriter:
         self._pieces = torch.tensor(table, device=device)
         self._vowel = torch.tensor([article(text) == "an" for text in phrases.texts], device=device)
 
-    def _variant(self, table: _Variants, index: torch.Tensor, plain: float) -> torch.Tensor:
+    def _variant(self, table: Variants, index: torch.Tensor, plain: float) -> torch.Tensor:
         """The canonical variant with probability `plain`, else any."""
         usual = torch.rand(len(index), device=index.device) < plain
         return torch.where(usual, 0, table.draw(index))
@@ -242,7 +128,7 @@ class CaptionWriter:
         """Phrase ids [B, slots], in reading order."""
         count, device = len(scenes), scenes.kind.device
         empty = torch.zeros(count, dtype=torch.long, device=device)
-        out = dict.fromkeys(Slot, empty)
+        out: dict[Slot, torch.Tensor] = dict.fromkeys(Slot, empty)
         self._write_style(scenes, out)
         self._write_subject(scenes, out)
         front = self._write_background(scenes, out)

@@ -1,6 +1,5 @@
 """Checkpoints of stages: written whole or not at all, by rank 0, read by all."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ class Checkpoints:
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self._folder = folder
         self._ranks = ranks
-        self._saved = time.time()
+        self._saved = ranks.now()
         folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, stage: str) -> dict[str, Any] | None:
@@ -40,7 +39,7 @@ class Checkpoints:
             partial = self._folder / f"{stage}.partial"
             torch.save({**state, "finished": finished}, partial)
             partial.replace(self._folder / f"{stage}.pt")
-        self._saved = time.time()
+        self._saved = self._ranks.now()
         if finished:
             self._ranks.barrier()
 
@@ -55,6 +54,6 @@ class Checkpoints:
 
     def keep(self, stage: str, optimizer: FlatOptimizer, clock: Clock, iteration: int) -> None:
         """Save progress if the last save is old; the ranks need not agree, since only rank 0 writes."""
-        if self._ranks.main and iteration % 20 == 0 and time.time() - self._saved > EVERY_SECONDS:
+        if self._ranks.main and iteration % 20 == 0 and self._ranks.now() - self._saved > EVERY_SECONDS:
             seconds = clock.read(1)
             self.save(stage, {"optimizer": optimizer.state(), "seconds": seconds}, finished=False)

@@ -28,6 +28,7 @@ def enabled(ranks: Ranks) -> bool:
 class Compiled:
     """A function compiled for fixed shapes. With `backward`, calling it also runs its first result's backward.
 
+    `compiles`: False where it runs eagerly from the start and takes any shapes.
     `shared`: a rehearsal compiles this graph too; if not, it runs eagerly there.
     """
 
@@ -43,6 +44,7 @@ class Compiled:
     ) -> None:
         rehearsal = LEAVE_MARKERS in os.environ
         compiles = enabled(ranks) and (shared or not rehearsal)
+        self.compiles = compiles
         self._eager = function
         self._function = torch.compile(function, dynamic=False) if compiles else function
         self._name = name

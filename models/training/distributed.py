@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,13 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the run's processes."""
+    """This process's place among the run's processes. `now` is the clock, in seconds, that budgets are counted on."""
 
     rank: int
     size: int
     device: torch.device
     started: float
+    now: Callable[[], float] = time.time
 
     @property
     def main(self) -> bool:
@@ -76,12 +78,12 @@ class Clock:
         """Start counting now, once the first step (with its compilation) is through."""
         if self.ranks.cuda:
             torch.cuda.synchronize()
-        self._start = time.time()
+        self._start = self.ranks.now()
 
     def read(self, iteration: int, every: int = 20) -> float:
         """Seconds spent; rank 0's clock is passed to the others every `every` iterations."""
         if self._start is not None and iteration % every == 0:
-            here = torch.tensor([self.spent + time.time() - self._start], device=self.ranks.device)
+            here = torch.tensor([self.spent + self.ranks.now() - self._start], device=self.ranks.device)
             self._seconds = float(self.ranks.from_main(here).item())
         return self._seconds
 

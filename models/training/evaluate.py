@@ -35,15 +35,15 @@ class Models:
         teacher: FixedBatch,
         student: FixedBatch,
     ) -> None:
-        self.ranks, self.tower, self.vae = ranks, tower, vae
-        self._preset, self._teacher, self._student = preset, teacher, student
+        self.ranks, self.tower, self.vae, self.teacher, self.student = ranks, tower, vae, teacher, student
+        self._preset = preset
         self._null = tower.encode_prompts([""])
 
     def ddim(self, guidance: float, seed: int) -> Sampler:
         def draw(states: torch.Tensor) -> torch.Tensor:
             side = self._preset.latent
             return self.pictures(
-                sample_ddim(self._teacher, states, self._null, side, self.ranks, guidance=guidance, seed=seed)
+                sample_ddim(self.teacher, states, self._null, side, self.ranks, guidance=guidance, seed=seed)
             )
 
         return draw
@@ -51,7 +51,7 @@ class Models:
     def lcm(self, steps: int, guidance: float, seed: int) -> Sampler:
         def draw(states: torch.Tensor) -> torch.Tensor:
             latents = sample_lcm(
-                self._student, states, self._preset.latent, self.ranks, guidance=guidance,
+                self.student, states, self._preset.latent, self.ranks, guidance=guidance,
                 guidance_width=self._preset.guidance_width, seed=seed, steps=steps,
             )  # fmt: skip
             return self.pictures(latents)

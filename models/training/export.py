@@ -1,7 +1,12 @@
-"""Export: diffusers folders in float16, sharded, and the archives in which they travel."""
+"""Export: diffusers folders in float16, sharded; the archives in which they leave a machine; and publishing.
+
+A machine that gives back only small files is served by `pack`: pieces of tar archives, joined again with
+`cat packs/NAME/NAME.tar.* | tar x`.
+"""
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, UNet2DConditionModel
 from torch import nn
 
+from models.bundles.manifest import MANIFEST, seal
 from models.training.distributed import Ranks
 from models.training.networks import build_unet, build_vae
 from models.training.sampling import ORIGINAL_STEPS, guidance_embedding
@@ -17,6 +23,7 @@ from models.training.schedule import BETA_END, BETA_START, STEPS
 from models.training.settings import Preset
 from models.training.text import LENGTH
 
+FOLDERS = ("unet", "unet_lcm", "vae", "scheduler", "scheduler_lcm")
 SHARD = "15MB"
 _PIECE = 31 * 2**19  # 15.5 MiB, under the 16 MiB that one file may have
 _SCHEDULE: dict[str, Any] = {
@@ -106,7 +113,7 @@ def export_bundle(
     student: dict[str, Any],
     ranks: Ranks,
 ) -> dict[str, dict[str, float]]:
-    """Write unet/, unet_lcm/, vae/, scheduler/ and scheduler_lcm/ under `folder`."""
+    """Write FOLDERS under `folder`; returns what float16 costs each network."""
     figures = {
         "unet": export_unet(teacher, folder / "unet", preset, text_width, ranks, guided=False),
         "unet_lcm": export_unet(student, folder / "unet_lcm", preset, text_width, ranks, guided=True),
@@ -149,3 +156,38 @@ def write_metrics(path: Path, values: dict[str, Any]) -> None:
     """Merge `values` into the JSON object at `path`."""
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps(old | values, indent=1) + "\n", encoding="utf-8")
+
+
+def publish(bundle: Path, metrics: dict[str, Any], destination: Path) -> None:
+    """Put the exported folders into `destination`, a bundle with a manifest, and write its figures and digests.
+
+    Args:
+        bundle: what `export_bundle` wrote.
+        metrics: the run's figures, which become the manifest's "training".
+        destination: keeps its other files, such as the configurations of the text tower.
+
+    Raises:
+        FileNotFoundError: the run has exported nothing, or `destination` has no manifest. Nothing is changed then.
+    """
+    path = destination / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for name in FOLDERS:
+        if not (bundle / name).is_dir():
+            raise FileNotFoundError(f"{bundle / name} is missing: run the export stage first")
+    for name in FOLDERS:
+        if (destination / name).exists():
+            shutil.rmtree(destination / name)
+        shutil.copytree(bundle / name, destination / name)
+    manifest["training"] = _rounded(metrics)
+    path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    seal(destination)
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to four significant digits, wherever they stand."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if not isinstance(value, float):
+        return value
+    short = float(f"{value:.4g}")
+    return int(short) if short.is_integer() else short

@@ -69,7 +69,7 @@ class FlatOptimizer:
     def step(self, rate: float, clip: float = 1.0) -> torch.Tensor:
         """Average gradients over ranks, clip, update. Returns the gradient's norm; a non-finite step is skipped."""
         gradient = self.ranks.mean(self._gradient).float()
-        norm = gradient.norm()
+        norm: torch.Tensor = gradient.norm()
         scale = torch.where(norm.isfinite(), (clip / (norm + 1e-6)).clamp(max=1.0), 0.0)
         self._flat.grad = torch.nan_to_num_(gradient.mul_(scale), 0.0, 0.0, 0.0)
         self._adam.param_groups[0]["lr"] = rate

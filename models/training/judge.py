@@ -1,7 +1,5 @@
 """The judge: a classifier trained on real renders, and the check of a background's colours."""
 
-import time
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,10 +8,12 @@ from torchvision.models import resnet18
 from models.training.checkpoints import Checkpoints
 from models.training.distributed import Clock, Ranks
 from models.training.flat import FlatOptimizer
+from models.training.meter import Meter
 from models.training.networks import frozen
 from models.training.scenes import LAYOUTS, PAIR, SINGLE, Scenes, Stage
 from models.training.settings import Preset
 
+_WARM_UP = 100
 _CORNER = 1 / 40  # side of the corner patches, as a share of the picture's
 
 
@@ -39,39 +39,45 @@ def _roughened(pictures: torch.Tensor) -> torch.Tensor:
 
 def train_judge(preset: Preset, stage: Stage, ranks: Ranks, checkpoints: Checkpoints, seconds: float) -> "Judge":
     """Train for `seconds`, or load the finished judge."""
+    done = checkpoints.finished("judge")
+    weights = _optimise(preset, stage, ranks, checkpoints, seconds) if done is None else done["weights"]
+    net = build_classifier(len(stage.concepts))
+    net.load_state_dict(weights)
+    return Judge(frozen(net, ranks.device, ranks.dtype), stage)
+
+
+def _optimise(
+    preset: Preset, stage: Stage, ranks: Ranks, checkpoints: Checkpoints, seconds: float
+) -> dict[str, torch.Tensor]:
+    """The training loop; the averaged weights, which the finished checkpoint holds."""
     torch.manual_seed(preset.seed + 3)
     net = build_classifier(len(stage.concepts)).to(ranks.device)
-    done = checkpoints.finished("judge")
-    if done is None:
-        optimizer = FlatOptimizer(net, ranks, decay=0.02, average=0.99)
-        clock = Clock(ranks, checkpoints.resume("judge", optimizer))
-        torch.manual_seed(preset.seed + 4000 + ranks.rank)
-        batch, elapsed, step, began = ranks.share(preset.judge_batch), clock.spent, 0, time.time()
-        hits: list[torch.Tensor] = []
-        while elapsed < seconds:
-            pictures, concepts = stage.close_ups(batch)
-            logits = _logits(net, _roughened(pictures))
-            loss = F.cross_entropy(logits, concepts, label_smoothing=0.05)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step(preset.judge_rate * min(1.0, (step + 1) / 100) * max(0.01, 1 - elapsed / seconds))
-            hits = [*hits[-49:], (logits.argmax(1) == concepts).float().mean()]
-            step += 1
-            if step == 1:
-                clock.start()
-            elapsed = clock.read(step)
-            checkpoints.keep("judge", optimizer, clock, step)
-            if step == 1 or step % preset.log_every == 0:
-                ranks.log(
-                    f"judge {step} loss {loss.item():.3f} accuracy {torch.stack(hits).mean().item():.4f} "
-                    f"{step * batch * ranks.size / (time.time() - began):.0f} pictures/s"
-                )
-        averaged = build_classifier(len(stage.concepts)).to(ranks.device)
-        optimizer.copy_to(averaged, optimizer.ema)
-        checkpoints.save("judge", {"weights": averaged.state_dict()}, finished=True)
-        done = {"weights": averaged.state_dict()}
-    trained = build_classifier(len(stage.concepts))
-    trained.load_state_dict(done["weights"])
-    return Judge(frozen(trained, ranks.device, ranks.dtype), stage)
+    optimizer = FlatOptimizer(net, ranks, decay=0.02, average=0.99)
+    clock = Clock(ranks, checkpoints.resume("judge", optimizer))
+    torch.manual_seed(preset.seed + 4000 + 17 * optimizer.iterations + ranks.rank)
+    batch = ranks.share(preset.judge_batch)
+    meter = Meter(clock, batch * ranks.size, window=50)
+    while meter.elapsed < seconds:
+        pictures, concepts = stage.close_ups(batch)
+        logits = _logits(net, _roughened(pictures))
+        loss = F.cross_entropy(logits, concepts, label_smoothing=0.05)
+        loss.backward()  # type: ignore[no-untyped-call]
+        rate = preset.judge_rate * min(1.0, (optimizer.iterations + 1) / _WARM_UP)
+        optimizer.step(rate * max(0.01, 1 - meter.elapsed / seconds))
+        hits = (logits.argmax(1) == concepts).float().mean()
+        meter.step(torch.stack([loss.detach(), hits]))
+        checkpoints.keep("judge", optimizer, clock, meter.done)
+        if meter.due(preset.log_every, (1, 20)):
+            mean_loss, accuracy = meter.means()
+            ranks.log(
+                f"judge {optimizer.iterations} loss {mean_loss:.3f} accuracy {accuracy:.4f} "
+                f"{meter.speed:.0f} pictures/s"
+            )
+    averaged = build_classifier(len(stage.concepts)).to(ranks.device)
+    optimizer.copy_to(averaged, optimizer.ema)
+    weights = averaged.state_dict()
+    checkpoints.save("judge", {"weights": weights}, finished=True)
+    return weights
 
 
 class Judge:

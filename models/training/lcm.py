@@ -1,7 +1,5 @@
 """The few-step student, by latent consistency distillation (Luo et al. 2023)."""
 
-import math
-import time
 from typing import Any
 
 import torch
@@ -12,7 +10,8 @@ from models.training.checkpoints import Checkpoints
 from models.training.compiled import Compiled
 from models.training.distributed import Clock, Ranks
 from models.training.flat import FlatOptimizer
-from models.training.networks import build_unet, frozen, millions
+from models.training.meter import Meter
+from models.training.networks import build_unet, frozen
 from models.training.ring import Ring
 from models.training.sampling import (
     ORIGINAL_STEPS,
@@ -92,6 +91,46 @@ def _start_from_teacher(optimizer: FlatOptimizer, student: UNet2DConditionModel,
     optimizer.ema.copy_(optimizer.master)
 
 
+class Lessons:
+    """Batches for the student: where it is, and where the teacher's next step takes its averaged self."""
+
+    def __init__(
+        self, preset: Preset, ring: Ring, null: torch.Tensor, teacher: FixedBatch, target: FixedBatch, ranks: Ranks
+    ) -> None:
+        """`teacher` and `target`: velocities, the latter of the student's average."""
+        self._preset, self._ring, self._ranks = preset, ring, ranks
+        self._teacher, self._target = teacher, target
+        self._batch = ranks.share(preset.unet_batch)
+        self._nothing = null.expand(self._batch, -1, -1)
+        self._alphas = alphas_cumprod(ranks.device)
+        self._times = torch.tensor(lcm_timesteps(ORIGINAL_STEPS), device=ranks.device)
+
+    def _positions(self) -> torch.Tensor:
+        """Places in the distillation grid [B], noisiest first."""
+        device = self._ranks.device
+        index = torch.randint(0, ORIGINAL_STEPS, (self._batch,), device=device)
+        return torch.where(torch.rand(self._batch, device=device) < _FIRST_STEP_SHARE, 0, index)
+
+    @torch.no_grad()
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        """The arguments of `StudentLoss.forward`. Luo et al. 2023, algorithm 1, with one DDIM step of the teacher."""
+        latents, states = self._ring.draw(self._batch)
+        now = self._times[self._positions()]
+        after = (now - STRIDE).clamp(min=0)
+        alpha, alpha_after = self._alphas[now], self._alphas[after]
+        omega = torch.rand(self._batch, device=self._ranks.device) * _MAX_OMEGA
+        guidance = guidance_embedding(omega, self._preset.guidance_width).to(self._ranks.dtype)
+        noisy = noised(latents, torch.randn_like(latents), alpha)
+        without, with_text = self._teacher(
+            torch.cat([noisy, noisy]), torch.cat([now, now]), torch.cat([self._nothing, states])
+        ).chunk(2)
+        v = with_text + per_row(omega) * (with_text - without)
+        denoised, noise = from_velocity(v, noisy, alpha)
+        nearer = noised(denoised, noise, alpha_after)
+        aim = consistency(self._target(nearer, after, states, guidance), nearer, after, alpha_after)
+        return noisy, now, states, guidance, alpha, aim
+
+
 def train_lcm(
     preset: Preset,
     ring: Ring,
@@ -111,61 +150,26 @@ def train_lcm(
     target = (optimizer.ema if optimizer.iterations else optimizer.master).clone()
     optimizer.copy_to(target_net, target)
     torch.manual_seed(preset.seed + 2000 + 17 * optimizer.iterations + ranks.rank)
-    batch, alphas = ranks.share(preset.unet_batch), alphas_cumprod(ranks.device)
-    times = torch.tensor(lcm_timesteps(ORIGINAL_STEPS), device=ranks.device)
-    nothing = null.expand(batch, -1, -1)
-    recent: list[torch.Tensor] = []
-    began, done, elapsed = time.time(), 0, clock.spent
-    first_loss = math.nan
-    while elapsed < seconds:
-        fall = min(1.0, (1 - min(1.0, elapsed / seconds)) / (1 - _DECAY_FROM))
+    lessons = Lessons(preset, ring, null, predict_teacher, predict_target, ranks)
+    meter = Meter(clock, ranks.share(preset.unet_batch) * ranks.size)
+    while meter.elapsed < seconds:
+        fall = min(1.0, (1 - min(1.0, meter.elapsed / seconds)) / (1 - _DECAY_FROM))
         rate = preset.student_rate * min(1.0, (optimizer.iterations + 1) / min(_WARM_UP, 4 * preset.warm_up))
         rate *= max(0.01, fall)
-        if done % preset.refill_every == 0:
+        if meter.done % preset.refill_every == 0:
             ring.refill()
-        latents, states = ring.draw(batch)
-        with torch.no_grad():
-            index = torch.randint(0, ORIGINAL_STEPS, (batch,), device=ranks.device)
-            index = torch.where(torch.rand(batch, device=ranks.device) < _FIRST_STEP_SHARE, 0, index)
-            now = times[index]
-            after = (now - STRIDE).clamp(min=0)
-            alpha, alpha_after = alphas[now], alphas[after]
-            omega = torch.rand(batch, device=ranks.device) * _MAX_OMEGA
-            guidance = guidance_embedding(omega, preset.guidance_width).to(ranks.dtype)
-            noisy = noised(latents, torch.randn_like(latents), alpha)
-            without, with_text = predict_teacher(
-                torch.cat([noisy, noisy]), torch.cat([now, now]), torch.cat([nothing, states])
-            ).chunk(2)
-            v = with_text + per_row(omega) * (with_text - without)
-            denoised, noise = from_velocity(v, noisy, alpha)
-            nearer = noised(denoised, noise, alpha_after)
-            aim = consistency(predict_target(nearer, after, states, guidance), nearer, after, alpha_after)
-        loss, value = step(noisy, now, states, guidance, alpha, aim)
+        _, value = step(*lessons.draw())
         optimizer.step(rate)
         target.lerp_(optimizer.master, _TARGET_RATE)
         optimizer.copy_to(target_net, target)
-        recent = [*recent[-199:], value]
-        done += 1
-        if done == 1:
-            first_loss = float(loss.item())
-            clock.start()
-            began = time.time()
-        elapsed = clock.read(done)
-        checkpoints.keep("lcm", optimizer, clock, done)
-        if done in (1, 20) or done % preset.log_every == 0:
-            speed = (done - 1) * batch * ranks.size / max(1e-3, time.time() - began)
+        meter.step(value[None])
+        checkpoints.keep("lcm", optimizer, clock, meter.done)
+        if meter.due(preset.log_every, (1, 20)):
             ranks.log(
-                f"lcm {optimizer.iterations} loss {torch.stack(recent).mean().item():.5f} rate {rate:.1e} "
-                f"{elapsed:.0f} s {speed:.0f} pictures/s"
+                f"lcm {optimizer.iterations} loss {meter.means()[0]:.5f} rate {rate:.1e} "
+                f"{meter.elapsed:.0f} s {meter.speed:.0f} pictures/s"
             )
-    figures = {
-        "steps": optimizer.iterations,
-        "pictures": optimizer.iterations * batch * ranks.size,
-        "pictures_per_second": (done - 1) * batch * ranks.size / max(1e-3, time.time() - began),
-        "first_loss": first_loss,
-        "last_loss": torch.stack(recent).mean().item() if recent else math.nan,
-        "parameters_m": millions(student),
-    }
+    figures = meter.figures(optimizer.iterations, student)
     ranks.log("lcm:", figures)
     averaged = build_unet(preset, width, guided=True).to(ranks.device)
     optimizer.copy_to(averaged, optimizer.ema)

@@ -42,7 +42,7 @@ class Run:
         self._concepts = select(preset.icons)
 
     @cached_property
-    def _scenes(self) -> Stage:
+    def scenes(self) -> Stage:
         if self._preset.icons is not None:
             pixels = draw_shapes(self._concepts, self._preset.resolution)
         else:
@@ -50,14 +50,14 @@ class Run:
         return Stage(pixels, self._concepts, self._preset.resolution, self._ranks.device)
 
     @cached_property
-    def _tower(self) -> TextTower:
+    def tower(self) -> TextTower:
         if self._preset.icons is not None:
             draft = CaptionWriter(self._concepts, tiny_tower(["a"], self._ranks.device))
             return tiny_tower(vocabulary(self._concepts, draft.phrases), self._ranks.device)
         return load_minilm(_source(self._data, "minilm"), self._ranks.device, self._ranks.dtype)
 
     @cached_property
-    def _vae(self) -> AutoencoderKL:
+    def vae(self) -> AutoencoderKL:
         """The finished VAE, frozen in training precision."""
         vae = build_vae(self._preset)
         vae.load_state_dict(self._weights("vae"))
@@ -66,22 +66,22 @@ class Run:
     @cached_property
     def _ring(self) -> Ring:
         began = time.time()
-        encode = Compiled(VaeMoments(self._vae), "encode", self._ranks)
-        writer = CaptionWriter(self._concepts, self._tower)
-        ring = Ring(self._preset, self._scenes, writer, self._tower, encode, self._ranks.dtype)
+        encode = Compiled(VaeMoments(self.vae), "encode", self._ranks)
+        writer = CaptionWriter(self._concepts, self.tower)
+        ring = Ring(self._preset, self.scenes, writer, self.tower, encode, self._ranks.dtype)
         self._ranks.log(
             f"ring of {self._preset.ring} started with {self._preset.ring_start} in {time.time() - began:.1f} s"
         )
         return ring
 
     @cached_property
-    def _models(self) -> Models:
+    def models(self) -> Models:
         """The trained networks, ready to draw."""
-        width = self._tower.width
+        width = self.tower.width
         teacher, predict, student, predict_guided = make_predictors(self._preset, self._ranks, width)
         teacher.load_state_dict(self._weights("teacher"))
         student.load_state_dict(self._weights("lcm"))
-        return Models(self._preset, self._ranks, self._tower, self._vae, predict, predict_guided)
+        return Models(self._preset, self._ranks, self.tower, self.vae, predict, predict_guided)
 
     def _weights(self, stage: str) -> dict[str, Any]:
         done = self._checkpoints.finished(stage)
@@ -106,7 +106,7 @@ class Run:
             case "teacher" | "lcm":
                 self._train_diffusion(name)
             case "judge":
-                train_judge(self._preset, self._scenes, self._ranks, self._checkpoints, self._budgets.judge)
+                train_judge(self._preset, self.scenes, self._ranks, self._checkpoints, self._budgets.judge)
             case "eval":
                 self._evaluate(prompts)
             case "export":
@@ -120,16 +120,17 @@ class Run:
         if self._preset.icons is not None:
             return
         if self._ranks.main and not (self._data / "carry").exists():
+            self._data.mkdir(parents=True, exist_ok=True)
             make_pack(self._data, self._concepts)
             unpack_minilm(self._data)
         self._ranks.barrier()
 
     def _train_vae(self) -> None:
-        vae, figures = train_vae(self._preset, self._scenes, self._ranks, self._checkpoints, self._budgets.vae)
+        vae, figures = train_vae(self._preset, self.scenes, self._ranks, self._checkpoints, self._budgets.vae)
         self._record("vae", figures)
         if self._ranks.main:
             torch.manual_seed(0)
-            pictures = self._scenes.compose(self._scenes.sample(24))
+            pictures = self.scenes.compose(self.scenes.sample(24))
             net = frozen(vae, self._ranks.device, torch.float32)
             with torch.no_grad():
                 again = net.decode(net.encode(pictures).latent_dist.mean).sample.float()
@@ -142,7 +143,7 @@ class Run:
         if done is not None:
             self._ranks.log(f"{name}: already trained")
             return
-        null = self._tower.encode_prompts([""])
+        null = self.tower.encode_prompts([""])
         if name == "teacher":
             figures = train_teacher(
                 self._preset, self._ring, null, self._ranks, self._checkpoints, self._budgets.teacher
@@ -155,16 +156,16 @@ class Run:
         self._record(name, figures)
 
     def _evaluate(self, prompts: int) -> None:
-        sheets.draw_sheets(self._models, self._out / "sheets")
-        judge = train_judge(self._preset, self._scenes, self._ranks, self._checkpoints, self._budgets.judge)
-        self._record("evaluation", Evaluation(self._scenes, judge, self._models).run(prompts))
+        sheets.draw_sheets(self.models, self._out / "sheets")
+        judge = train_judge(self._preset, self.scenes, self._ranks, self._checkpoints, self._budgets.judge)
+        self._record("evaluation", Evaluation(self.scenes, judge, self.models).run(prompts))
         if self._ranks.main:
             export.pack(self._out)
 
     def _export(self) -> None:
         if self._ranks.main:
             figures = export.export_bundle(
-                self._out / "bundle", self._preset, self._tower.width, self._weights("vae"),
+                self._out / "bundle", self._preset, self.tower.width, self._weights("vae"),
                 self._weights("teacher"), self._weights("lcm"), self._ranks,
             )  # fmt: skip
             self._record("export", figures)

@@ -1,11 +1,14 @@
-"""The whole recipe, one command:  python -m models.training.run --data .data --out out/bundle-v1 --ranks 4
+"""The whole recipe, one command:  python -m models.training.run --data .data --out out/training
 
-It starts one process a rank, and every stage saves its progress and resumes. `--miniature` does it all on the CPU in
-under two minutes; `--smoke` runs every stage at full size for seconds; `--rehearse` runs a smoke beside the real run,
-so that later stages' faults show while the VAE still trains and their graphs are compiled before they are needed.
+It starts one process a GPU, and every stage saves its progress and resumes. --miniature does it all on the CPU in
+under two minutes, on drawn shapes; --smoke runs every stage at full size for seconds; --rehearse runs a smoke beside
+the real run, so that later stages' faults show while the VAE still trains and their graphs are compiled before they
+are needed. Two stages are not part of "all": carry collects what a machine without a network needs, publish puts a
+finished run's networks and figures into a bundle of this repository.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from models.training.distributed import join, leave
 from models.training.settings import FULL, MINIATURE, Budgets
 
 STAGES = ("sprites", "vae", "teacher", "lcm", "export", "judge", "eval")
+BUNDLE = Path("models/bundles/headstart-v1")
 _FULL_SECONDS = Budgets(vae=220, teacher=520, lcm=140, judge=35)
 _SMOKE_SECONDS = Budgets(vae=5, teacher=5, lcm=5, judge=5)
 _MINIATURE_SECONDS = Budgets(vae=8, teacher=8, lcm=4, judge=2)
@@ -28,9 +32,10 @@ _MINIATURE_SECONDS = Budgets(vae=8, teacher=8, lcm=4, judge=2)
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", default="all", choices=("all", "carry", *STAGES))
+    parser.add_argument("--stage", default="all", choices=("all", "carry", *STAGES, "publish"))
     parser.add_argument("--data", type=Path, default=Path(".data"), help="sprites, text tower and their sources")
     parser.add_argument("--out", type=Path, default=Path("out/training"))
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="the bundle that publish writes")
     parser.add_argument("--ranks", type=int, default=0, help="processes; 0 means one a GPU, or one without GPUs")
     for stage in ("vae", "teacher", "lcm", "judge"):
         parser.add_argument(f"--{stage}-seconds", type=float, help=f"training time of the {stage}")
@@ -153,6 +158,11 @@ def main() -> int:
         from models.training.carry import make_carry
 
         make_carry(args.data)
+        return 0
+    if args.stage == "publish":
+        from models.training.export import publish
+
+        publish(args.out / "bundle", json.loads((args.out / "metrics.json").read_text(encoding="utf-8")), args.bundle)
         return 0
     if "RANK" in os.environ:
         work(args)

@@ -34,7 +34,10 @@ class Velocity(nn.Module):
 
 
 class FixedBatch:
-    """Calls a compiled function in chunks of one size, the last padded, so that one graph serves any batch."""
+    """Calls a compiled function in chunks of one size, the last padded, so that one graph serves any batch.
+
+    A function that is not compiled gets the last chunk as it is.
+    """
 
     def __init__(self, function: Compiled, batch: int) -> None:
         self._function = function
@@ -45,7 +48,8 @@ class FixedBatch:
         out = []
         for parts in zip(*(argument.split(self._batch) for argument in arguments), strict=True):
             count = len(parts[0])
-            padded = [torch.cat([p, p[:1].expand(self._batch - count, *p.shape[1:])]).contiguous() for p in parts]
+            padding = self._batch - count if self._function.compiles else 0
+            padded = [torch.cat([p, p[:1].expand(padding, *p.shape[1:])]).contiguous() for p in parts]
             out.append(self._function(*padded)[:count])
         return torch.cat(out)
 

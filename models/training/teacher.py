@@ -1,7 +1,5 @@
 """The teacher: a v-prediction text-to-image UNet with classifier-free guidance (Ho & Salimans 2022)."""
 
-import math
-import time
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from models.training.checkpoints import Checkpoints
 from models.training.compiled import Compiled
 from models.training.distributed import Clock, Ranks
 from models.training.flat import FlatOptimizer
+from models.training.meter import Meter
 from models.training.networks import build_unet, millions
 from models.training.ring import Ring
 from models.training.schedule import STEPS, alphas_cumprod, noised, velocity
@@ -72,12 +71,10 @@ def train_teacher(
     torch.manual_seed(preset.seed + 1000 + 17 * optimizer.iterations + ranks.rank)
     batch, alphas = ranks.share(preset.unet_batch), alphas_cumprod(ranks.device)
     strata = torch.arange(batch, device=ranks.device)
-    recent: list[torch.Tensor] = []
-    began, done, elapsed = time.time(), 0, clock.spent
-    first_loss = math.nan
-    while elapsed < seconds:
-        rate = learning_rate(preset.teacher_rate, optimizer.iterations, preset.warm_up, elapsed / seconds)
-        if done % preset.refill_every == 0:
+    meter = Meter(clock, batch * ranks.size)
+    while meter.elapsed < seconds:
+        rate = learning_rate(preset.teacher_rate, optimizer.iterations, preset.warm_up, meter.elapsed / seconds)
+        if meter.done % preset.refill_every == 0:
             ring.refill()
         latents, states = ring.draw(batch)
         dropped = torch.rand(batch, device=ranks.device) < _NO_CAPTION
@@ -86,30 +83,15 @@ def train_teacher(
         timestep = ((strata + torch.rand(batch, device=ranks.device)) * (STEPS / batch)).long().clamp(max=STEPS - 1)
         loss, rows = step(latents, torch.randn_like(latents), timestep, states, alphas[timestep])
         norm = optimizer.step(rate)
-        recent = [*recent[-199:], loss.detach()]
-        done += 1
-        if done == 1:
-            first_loss = float(loss.item())
-            clock.start()
-            began = time.time()
-        elapsed = clock.read(done)
-        checkpoints.keep("teacher", optimizer, clock, done)
-        if done in (1, 20, 100) or done % (2 * preset.log_every) == 0:
+        meter.step(loss.detach()[None])
+        checkpoints.keep("teacher", optimizer, clock, meter.done)
+        if meter.due(2 * preset.log_every, (1, 20, 100)):
             quarters = [round(part.mean().item(), 3) for part in rows.chunk(4)]
-            speed = (done - 1) * batch * ranks.size / max(1e-3, time.time() - began)
             ranks.log(
-                f"teacher {optimizer.iterations} loss {torch.stack(recent).mean().item():.4f} by t {quarters} "
-                f"norm {float(norm):.2f} rate {rate:.1e} {elapsed:.0f} s {speed:.0f} pictures/s"
+                f"teacher {optimizer.iterations} loss {meter.means()[0]:.4f} by t {quarters} "
+                f"norm {float(norm):.2f} rate {rate:.1e} {meter.elapsed:.0f} s {meter.speed:.0f} pictures/s"
             )
-    steps = optimizer.iterations
-    figures = {
-        "steps": steps,
-        "pictures": steps * batch * ranks.size,
-        "pictures_per_second": (done - 1) * batch * ranks.size / max(1e-3, time.time() - began),
-        "first_loss": first_loss,
-        "last_loss": torch.stack(recent).mean().item() if recent else math.nan,
-        "parameters_m": millions(unet),
-    }
+    figures = meter.figures(optimizer.iterations, unet)
     ranks.log("teacher:", figures)
     averaged = build_unet(preset, null.shape[-1], guided=False).to(ranks.device)
     optimizer.copy_to(averaged, optimizer.ema)

