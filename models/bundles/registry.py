@@ -82,10 +82,11 @@ def pull(name: str, cache_dir: Path, progress: Progress = ignore_progress, *, ro
 def verify(name: str, cache_dir: Path, *, roots: Roots = ROOTS) -> Manifest:
     """Check the size and digest of every file; ModelError names the first that is wrong."""
     manifest = read_manifest(_root(name, roots))
-    folder = bundle_path(name, cache_dir, roots=roots)
-    fault = first_fault(manifest.files, folder)
+    folder = assembled_folder(manifest, cache_dir)
+    fault = first_fault(manifest.files, folder) if folder.exists() else None
     if fault is not None:
         raise ModelError(f"bundle {name!r}: {fault}; run `headstart models pull`")
+    bundle_path(name, cache_dir, roots=roots)
     return manifest
 
 

@@ -14,6 +14,7 @@ from models.errors import ModelError
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REPEATS = 8
 WORTHWHILE = 1.2  # bfloat16 must be this much faster than float32 to be worth its rounding
 
 
@@ -47,8 +48,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_is_fast_at_bfloat16() -> bool:
-    """Time a convolution and a matrix product of a UNet's size in both formats: some tens of milliseconds."""
-    single, brain = (_seconds(_workload(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    """Time a convolution and a matrix product of a UNet's size in both formats: some tens of milliseconds.
+
+    The formats take turns and the fastest run of each counts: other processes only ever make a run slower.
+    """
+    runs = [_workload(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for run in runs:
+        run()
+    rounds = [(_seconds(runs[0]), _seconds(runs[1])) for _ in range(REPEATS)]
+    single, brain = min(first for first, _ in rounds), min(second for _, second in rounds)
     logger.info("bfloat16 check: float32 %.2f ms, bfloat16 %.2f ms", 1e3 * single, 1e3 * brain)
     return single / brain >= WORTHWHILE
 
@@ -66,12 +74,7 @@ def _workload(dtype: torch.dtype) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def _seconds(run: Callable[[], None], repeats: int = 3) -> float:
-    """The fastest of a few runs after one to warm up: other processes only ever make a run slower."""
+def _seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
     run()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return time.perf_counter() - start

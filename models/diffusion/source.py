@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.bundles import registry
-from models.bundles.manifest import read_manifest
 from models.diffusion.folder import one_line, quiet_libraries
 from models.errors import ModelError
 
@@ -40,7 +39,8 @@ def resolve_source(source: str, revision: str | None, cache_dir: Path) -> Source
         ModelError: nothing answers to the name, or it cannot be had.
     """
     if source in registry.ROOTS:
-        manifest = read_manifest(registry.ROOTS[source])
+        # Digests cost a quarter of a second; a flipped bit in the weights would cost wrong pictures.
+        manifest = registry.verify(source, cache_dir, roots=registry.ROOTS)
         folder = registry.bundle_path(source, cache_dir, roots=registry.ROOTS)
         return Source(manifest.name, str(folder), folder, manifest.version)
     path = Path(source).expanduser()

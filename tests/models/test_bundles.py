@@ -250,6 +250,20 @@ def test_verify_names_the_first_wrong_file_and_pull_repairs(roots: registry.Root
     registry.verify("tiny", tmp_path, roots=roots)
 
 
+def test_altered_and_truncated_weights_are_not_loaded(
+    roots: registry.Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "ROOTS", roots)
+    vocabulary = registry.pull("tiny", tmp_path, roots=roots) / "tokenizer" / "vocab.txt"
+    whole = vocabulary.read_bytes()
+    vocabulary.resolve().write_bytes(whole[:-1] + b"?")
+    with pytest.raises(ModelError, match=r"vocab\.txt is altered.*; run `headstart models pull`"):
+        load_model("tiny", cache_dir=tmp_path)
+    vocabulary.resolve().write_bytes(whole[:-1])
+    with pytest.raises(ModelError, match=r"vocab\.txt has \d+ bytes.*; run `headstart models pull`"):
+        load_model("tiny", cache_dir=tmp_path)
+
+
 def test_a_changed_manifest_is_laid_out_anew(roots: registry.Roots, origin: Path, tmp_path: Path) -> None:
     """Also where its version is the old one: the folder's copy says what is served."""
     root = Path(shutil.copytree(origin / "bundle", tmp_path / "bundle"))
