@@ -84,9 +84,9 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
-    """A whole run: 160 steps of the VAE, 160 of the teacher, 40 of the student, 20 of the judge."""
+    """A whole run: about 160 steps of the VAE, 140 of the teacher, 40 of the student, 20 of the judge."""
     out = tmp_path_factory.mktemp("run")
-    run = Run(PRESET, Budgets(vae=16, teacher=16, lcm=4, judge=2), out / "data", out, ranks(Ticking()))
+    run = Run(PRESET, Budgets(vae=14, teacher=12, lcm=2, judge=1), out / "data", out, ranks(Ticking()))
     for stage in STAGES:
         run.stage(stage, prompts=2)
     return run, out
@@ -264,7 +264,7 @@ def test_publish_without_an_export_changes_nothing(
 
 def test_an_interrupted_stage_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Time spent before the interruption counts, so both runs together take as many steps as one."""
-    budgets = Budgets(vae=900, teacher=0, lcm=0, judge=0)
+    budgets = Budgets(vae=600, teacher=0, lcm=0, judge=0)
 
     def steps_of_vae(out: Path, clock: Ticking) -> int:
         Run(PRESET, budgets, tmp_path, out, ranks(clock)).stage("vae", prompts=0)
