@@ -20,13 +20,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from drawing import draw
 
 from accel.samplers.schedules import NoiseSchedule
 from models.diffusion.denoiser import TextDenoiser
 from models.diffusion.model import Condition, DiffusionModel, ModelCard, SamplerDefaults, TextStates
 from service.config import EngineSettings, ModelSettings
 from service.diffusion.engine import DiffusionEngine
-from service.diffusion.request import Completed, Event, Failed, Image, ImageRequest
+from service.diffusion.request import ImageRequest
 
 WARM_UP = 20  # ticks
 AT_ONCE = (1, 2, 4, 8)
@@ -102,24 +103,6 @@ def plain(number: int, sampler: str, steps: int, guidance: float, size: tuple[in
         eta=0.0,
         seed=number,
     )
-
-
-def draw(engine: DiffusionEngine, requests: Sequence[ImageRequest], at_once: int) -> list[Image]:
-    """Draw all requests, a new one for each that completes, and stop the program if one fails."""
-    images: list[Image] = []
-    waiting = list(requests)
-    live = 0
-    while waiting or live:
-        while waiting and live < at_once:
-            engine.add(waiting.pop(0))
-            live += 1
-        events: list[Event] = engine.step()
-        for event in events:
-            if isinstance(event, Failed):
-                raise SystemExit(f"request {event.request_id} failed: {event.error}")
-            live -= isinstance(event, Completed)
-        images += [event for event in events if isinstance(event, Image)]
-    return images
 
 
 def check(engine: DiffusionEngine, requests: Sequence[ImageRequest]) -> None:

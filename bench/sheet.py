@@ -9,13 +9,14 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from drawing import draw
 from PIL import Image as PillowImage
 
 from models.diffusion.loading import load_model
 from service.config import EngineSettings, ModelSettings
 from service.diffusion.admission import resolve
 from service.diffusion.engine import DiffusionEngine
-from service.diffusion.request import Draft, Failed, Image
+from service.diffusion.request import Draft
 
 PROMPTS = [
     "a red apple on a blue background",
@@ -63,18 +64,16 @@ def main() -> None:
     model = load_model("default", cache_dir=ModelSettings().cache_dir)
     settings = EngineSettings()
     engine = DiffusionEngine(model, settings)
-    for seed, prompt in enumerate(PROMPTS):
-        draft = Draft(prompt=prompt, seed=seed, sampler=args.sampler, num_inference_steps=args.steps)
-        engine.add(resolve(draft, model.card, settings, id=str(seed), random_seed=0))
+    drafts = [
+        Draft(prompt=prompt, seed=seed, sampler=args.sampler, num_inference_steps=args.steps)
+        for seed, prompt in enumerate(PROMPTS)
+    ]
+    requests = [resolve(draft, model.card, settings, id=str(i), random_seed=0) for i, draft in enumerate(drafts)]
     width, height = model.card.default_size
     sheet = np.zeros((-(-len(PROMPTS) // COLUMNS) * height, COLUMNS * width, 3), np.uint8)
-    while engine.has_work():
-        for event in engine.step():
-            if isinstance(event, Failed):
-                raise SystemExit(f"{PROMPTS[int(event.request_id)]}: {event.error}")
-            if isinstance(event, Image):
-                row, column = divmod(int(event.request_id), COLUMNS)
-                sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = event.pixels
+    for number, image in enumerate(draw(engine, requests, len(requests))):
+        row, column = divmod(number, COLUMNS)
+        sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = image.pixels
     args.output.parent.mkdir(parents=True, exist_ok=True)
     half = (sheet.shape[1] // 2, sheet.shape[0] // 2)
     PillowImage.fromarray(sheet).resize(half, PillowImage.Resampling.LANCZOS).save(args.output, optimize=True)

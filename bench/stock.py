@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from drawing import draw
 
 from accel.samplers.noise import gaussian
 from models.bundles import registry
@@ -27,7 +28,7 @@ from models.diffusion.model import DiffusionModel, ModelCard
 from service.config import EngineSettings, ModelSettings
 from service.diffusion.admission import resolve
 from service.diffusion.engine import DiffusionEngine
-from service.diffusion.request import Draft, Failed, Image
+from service.diffusion.request import Draft
 
 PROMPTS = [
     "a red apple on a blue background",
@@ -41,23 +42,10 @@ PROMPTS = [
 ]
 
 
-def draw(engine: DiffusionEngine, card: ModelCard, drafts: list[Draft], at_once: int) -> list[np.ndarray]:
-    """Draw every draft with at most `at_once` in the engine; pictures in the order of the drafts."""
-    pictures: dict[str, np.ndarray] = {}
-    waiting = list(enumerate(drafts))
-    running = 0
-    while waiting or engine.has_work():
-        while waiting and running < at_once:
-            number, draft = waiting.pop(0)
-            engine.add(resolve(draft, card, EngineSettings(), id=str(number), random_seed=0))
-            running += 1
-        for event in engine.step():
-            if isinstance(event, Failed):
-                raise SystemExit(f"the engine failed: {event.error}")
-            if isinstance(event, Image):
-                pictures[event.request_id] = np.asarray(event.pixels)
-                running -= 1
-    return [pictures[str(i)] for i in range(len(drafts))]
+def pictures(engine: DiffusionEngine, card: ModelCard, drafts: list[Draft], at_once: int) -> list[np.ndarray]:
+    """The drafts drawn with at most `at_once` in the engine, in their order."""
+    requests = [resolve(draft, card, EngineSettings(), id=str(i), random_seed=0) for i, draft in enumerate(drafts)]
+    return [np.asarray(image.pixels) for image in draw(engine, requests, at_once)]
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -65,17 +53,16 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 99.0 if error == 0 else 10 * float(np.log10(255.0**2 / error))
 
 
-def stock_pipeline(folder: Path, dtype: torch.dtype, *, lcm: bool) -> Callable[[Draft, DiffusionModel], np.ndarray]:
+def stock_pipeline(folder: Path, dtype: torch.dtype) -> Callable[[Draft, DiffusionModel], np.ndarray]:
     """The stock pipeline, set up as its documentation says, as a function of one request."""
-    from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    kind = LatentConsistencyModelPipeline if lcm else StableDiffusionPipeline
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe = kind.from_pretrained(folder, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    if not lcm:
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe = StableDiffusionPipeline.from_pretrained(
+            folder, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+        )
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
 
     def run(draft: Draft, model: DiffusionModel) -> np.ndarray:
@@ -116,10 +103,10 @@ def main() -> None:
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         model = load_model(args.model, dtype=name, cache_dir=cache_dir)
         engine = DiffusionEngine(model, EngineSettings(max_batch=2 * args.at_once))
-        stock = stock_pipeline(folder, dtype, lcm=False)
+        stock = stock_pipeline(folder, dtype)
         contenders[f"stock pipeline, one at a time, {name}"] = lambda d, s=stock, m=model: [s(x, m) for x in d]
-        contenders[f"engine, one at a time, {name}"] = lambda d, e=engine, c=model.card: draw(e, c, d, 1)
-        contenders[f"engine, {args.at_once} at once, {name}"] = lambda d, e=engine, c=model.card: draw(
+        contenders[f"engine, one at a time, {name}"] = lambda d, e=engine, c=model.card: pictures(e, c, d, 1)
+        contenders[f"engine, {args.at_once} at once, {name}"] = lambda d, e=engine, c=model.card: pictures(
             e, c, d, args.at_once
         )
 

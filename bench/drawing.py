@@ -1,0 +1,29 @@
+"""Draw requests through an engine, so many at once; what the benchmarks beside this file share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from service.diffusion.engine import DiffusionEngine
+from service.diffusion.request import Completed, Failed, Image, ImageRequest
+
+
+def draw(engine: DiffusionEngine, requests: Sequence[ImageRequest], at_once: int) -> list[Image]:
+    """The pictures of all requests in the order of the requests; a new one enters for each that completes.
+
+    Stops the program if one fails.
+    """
+    images: dict[str, Image] = {}
+    waiting = list(requests)
+    live = 0
+    while waiting or live:
+        while waiting and live < at_once:
+            engine.add(waiting.pop(0))
+            live += 1
+        for event in engine.step():
+            if isinstance(event, Failed):
+                raise SystemExit(f"request {event.request_id} failed: {event.error}")
+            if isinstance(event, Image):
+                images[event.request_id] = event
+            live -= isinstance(event, Completed)
+    return [images[request.id] for request in requests]
