@@ -160,7 +160,7 @@ def _plan(options: dict[str, object], first: int = 0) -> Plan:
     return build_plan(**chosen, first=first)  # type: ignore[arg-type]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(any_plan)
 def test_rows_are_finite_and_ever_cleaner_and_keep_the_variance(options: dict[str, object]) -> None:
     assume(options["sampler"] != "lcm" or int(str(options["steps"])) <= 50)
@@ -184,7 +184,7 @@ def test_rows_are_finite_and_ever_cleaner_and_keep_the_variance(options: dict[st
         assert row.a**2 * (1 - row.alpha**2) + row.s**2 == pytest.approx(1 - alpha**2, abs=1e-4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(any_plan, st.data())
 def test_a_plan_entered_late_is_the_full_plan_without_its_history(
     options: dict[str, object], data: st.DataObject

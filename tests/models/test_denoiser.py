@@ -141,7 +141,7 @@ def test_v_prediction_at_zero_signal_is_finite(model: LoadedModel) -> None:
 
 
 @given(alpha=st.floats(0.01, 0.999), seed=st.integers(0, 2**31))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_parameterisations_recover_x0(alpha: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x0, noise = torch.randn(2, 4, generator=generator)
@@ -176,7 +176,7 @@ class Scripted(torch.nn.Module):
 
 
 @given(log_sigma=st.floats(-6.2, 4.38))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_consistency_scalings(log_sigma: float) -> None:
     """Karras et al. 2022, table 1 (c_in) and Song et al. 2023, appendix C (c_skip), down to sigma_min in float32."""
     network = Scripted()
