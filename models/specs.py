@@ -20,7 +20,7 @@ from models.diffusion.denoiser import TextDenoiser
 from models.diffusion.dtype import resolve_device, resolve_dtype
 from models.diffusion.loaded import LoadedModel
 from models.diffusion.lora import LoraSet
-from models.diffusion.model import ModelCard, SamplerDefaults, TextStates
+from models.diffusion.model import ModelCard, TextStates
 from models.diffusion.unet import place
 from models.diffusion.vae import make_decoder
 from models.errors import ModelError
@@ -192,7 +192,7 @@ def random_model(spec: str | Spec, dtype: str = "auto", device: str = "auto") ->
     networks = dict.fromkeys(samplers, network)
     if spec.student is not None:
         networks["lcm"] = TextDenoiser(_random_unet({**spec.unet, **spec.student}, where, form), prediction)
-        default, samplers = "lcm", samplers | {"lcm": SamplerDefaults(4, 2.0, "trailing")}
+        default, samplers = cards.with_student(samplers)
     decoder = make_decoder(_random_vae(spec.vae, where, form), where)
     side = spec.unet["sample_size"] * decoder.scale
     card = ModelCard(

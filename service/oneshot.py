@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from service.config import Settings
-from service.diffusion.request import Completed, Draft, Failed, Image, ImageRequest, Progress
-from service.errors import CancelledError, SetupError, invalid
+from service.diffusion.request import Completed, Draft, Failed, Image, ImageRequest, Progress, parse_size
+from service.errors import CancelledError, SetupError
 from service.pictures import SUFFIXES, contact_sheet, encode
 from service.recipe import Recipe, recipe_of
 
@@ -105,10 +105,7 @@ def draft_of(chosen: argparse.Namespace, loras: Sequence[Lora]) -> Draft:
     """What the flags ask for. Raises InputError for a size that is none."""
     width = height = None
     if chosen.size is not None:
-        sides = re.fullmatch(r"(\d{1,6})x(\d{1,6})", chosen.size)
-        if sides is None:
-            raise invalid("--size", chosen.size, "WIDTHxHEIGHT, such as 256x256")
-        width, height = int(sides[1]), int(sides[2])
+        width, height = parse_size("--size", chosen.size, "WIDTHxHEIGHT, such as 256x256")
     return Draft(
         prompt=chosen.prompt,
         negative_prompt=chosen.negative,

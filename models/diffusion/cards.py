@@ -35,6 +35,11 @@ def lcm_samplers() -> tuple[str, dict[str, SamplerDefaults]]:
     return "lcm", {"lcm": SamplerDefaults(4, 8.5, "leading")}
 
 
+def with_student(samplers: Mapping[str, SamplerDefaults]) -> tuple[str, dict[str, SamplerDefaults]]:
+    """(default sampler, samplers) of a teacher with an LCM student beside it and no manifest that says otherwise."""
+    return "lcm", {**samplers, "lcm": SamplerDefaults(4, 2.0, "trailing")}
+
+
 def consistency_samplers() -> tuple[str, dict[str, SamplerDefaults]]:
     """(default sampler, samplers) of a pixel-space consistency model."""
     return "consistency", {"consistency": SamplerDefaults(1, 1.0, "leading")}

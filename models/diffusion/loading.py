@@ -119,7 +119,7 @@ def _latent(
         student = load_unet(folder, "unet_lcm", device, dtype)
         networks.append(student)
         denoisers["lcm"] = _text_denoiser(folder, student, folder.config("scheduler_lcm", SCHEDULER), schedule)
-        default, samplers = "lcm", samplers | {"lcm": SamplerDefaults(4, 2.0, "trailing")}
+        default, samplers = cards.with_student(samplers)
     if (stated := cards.manifest_samplers(folder.path)) is not None:
         default, samplers = stated
         if unknown := [name for name in (default, *samplers) if name not in denoisers or default not in samplers]:

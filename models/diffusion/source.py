@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.bundles import registry
+from models.bundles.assemble import assembled_folder
 from models.diffusion.folder import one_line, quiet_libraries
 from models.errors import ModelError
 
@@ -41,7 +42,7 @@ def resolve_source(source: str, revision: str | None, cache_dir: Path) -> Source
     if source in registry.ROOTS:
         # Digests cost a quarter of a second; a flipped bit in the weights would cost wrong pictures.
         manifest = registry.verify(source, cache_dir, roots=registry.ROOTS)
-        folder = registry.bundle_path(source, cache_dir, roots=registry.ROOTS)
+        folder = assembled_folder(manifest, cache_dir)
         return Source(manifest.name, str(folder), folder, manifest.version)
     path = Path(source).expanduser()
     if path.is_dir():

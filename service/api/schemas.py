@@ -5,13 +5,13 @@ Each field's description is what an error message gives as allowed.
 
 from __future__ import annotations
 
-import re
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import ErrorDetails
 
-from service.diffusion.request import Draft
+from service.diffusion.request import Draft, parse_size
 from service.errors import InputError, invalid
 
 SIZE_TEXT = 'text "WIDTHxHEIGHT", such as "256x256"'
@@ -58,6 +58,25 @@ class DrawBody(Body):
     def quality(self) -> int:
         return DEFAULT_QUALITY if self.output_compression is None else self.output_compression
 
+    def draft(self) -> Draft:
+        """What is asked for, in the engine's words. Raises InputError for a size that is none."""
+        width, height = self._sides()
+        return Draft(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            n=self.n,
+            width=width,
+            height=height,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            sampler=self.sampler,
+            seed=self.seed,
+            partial_images=self.partial_images,
+        )
+
+    def _sides(self) -> tuple[int | None, int | None]:
+        return (None, None) if self.size is None else parse_size("size", self.size, SIZE_TEXT)
+
 
 class GenerateBody(DrawBody):
     """POST /generate."""
@@ -71,29 +90,19 @@ class GenerateBody(DrawBody):
     deadline_s: Annotated[float | None, Field(description="a number of seconds above 0")] = None
 
     def draft(self) -> Draft:
-        width, height = self._sides()
-        return Draft(
-            prompt=self.prompt,
-            negative_prompt=self.negative_prompt,
-            n=self.n,
-            width=width,
-            height=height,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            sampler=self.sampler,
+        return replace(
+            super().draft(),
             eta=self.eta,
-            seed=self.seed,
             class_label=self.class_label,
             loras=tuple((lora.name, lora.scale) for lora in self.lora or ()),
             priority=self.priority,
-            partial_images=self.partial_images,
             deadline_s=self.deadline_s,
         )
 
     def _sides(self) -> tuple[int | None, int | None]:
         if self.size is None:
             return self.width, self.height
-        width, height = parse_size(self.size)
+        width, height = super()._sides()
         if self.width not in (None, width) or self.height not in (None, height):
             given = f"width {self.width} and height {self.height}"
             raise invalid("size", self.size, f"it must agree with {given}, or be left out")
@@ -111,28 +120,8 @@ class ImagesBody(DrawBody):
     style: Annotated[Literal["vivid"] | None, Field(description="vivid, which changes nothing")] = None
     moderation: Annotated[Literal["auto"] | None, Field(description="auto")] = None
 
-    def draft(self) -> Draft:
-        width, height = (None, None) if self.size in (None, "auto") else parse_size(self.size)
-        return Draft(
-            prompt=self.prompt,
-            negative_prompt=self.negative_prompt,
-            n=self.n,
-            width=width,
-            height=height,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            sampler=self.sampler,
-            seed=self.seed,
-            partial_images=self.partial_images,
-        )
-
-
-def parse_size(size: str) -> tuple[int, int]:
-    """(width, height) of "256x256", pixels. Raises InputError."""
-    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", size)
-    if match is None:
-        raise invalid("size", size, SIZE_TEXT)
-    return int(match[1]), int(match[2])
+    def _sides(self) -> tuple[int | None, int | None]:
+        return (None, None) if self.size == "auto" else super()._sides()
 
 
 def input_error(errors: list[ErrorDetails], body: type[Body]) -> InputError:

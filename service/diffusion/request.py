@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, field
+
+from service.errors import invalid
 
 MAX_SEED = 2**32 - 1
 
@@ -39,6 +42,14 @@ class Draft:
     priority: int | None = None
     partial_images: int | None = None
     deadline_s: float | None = None
+
+
+def parse_size(field: str, size: str, allowed: str) -> tuple[int, int]:
+    """(width, height) of "256x256", pixels. Raises InputError in the words of the caller."""
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", size)
+    if match is None:
+        raise invalid(field, size, allowed)
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
