@@ -6,7 +6,10 @@ from functools import cache
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("concepts.txt")
-STYLES = ("3d", "flat")
+STYLES = ("3d", "flat", "noto", "twemoji")
+
+# The colours a tintable subject may be drawn in. Its own, natural colour is tint 0; TINTS[i] is tint i + 1.
+TINTS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "gray")
 
 # sRGB of the background colours; white comes last because it stands for "no background named".
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -46,17 +49,26 @@ COLOUR_WORDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Concept:
-    """One subject: its icon, its caption name, and the other words that mean it.
+    """One subject: its caption name, the other words that mean it, and the icons that draw it in each style.
 
     `unseen` words are never drawn in training; they measure what the text encoder's neighbourhood alone gives.
+    `tintable` subjects may be drawn in any of TINTS and stay what they are; `flips` says the same of mirroring.
+    `drawings` holds the icon names of each style, in the order of STYLES; none where a style does not draw it.
     """
 
-    icon: str
     name: str
     plural: str
     colours: tuple[str, ...]
     synonyms: tuple[str, ...]
     unseen: tuple[str, ...]
+    tintable: bool
+    flips: bool
+    drawings: tuple[tuple[str, ...], ...]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Every singular wording: the name first, then synonyms, then unseen words."""
+        return (self.name, *self.synonyms, *self.unseen)
 
 
 def pluralise(noun: str) -> str:
@@ -75,27 +87,45 @@ def article(words: str) -> str:
     return "an" if sounds_vowel and not sounds_consonant else "a"
 
 
-def _parse(line: str) -> Concept:
-    icon, name, plural, colours, synonyms = line.split("|")
+def _drawings(field: str) -> tuple[tuple[str, ...], ...]:
+    """Icon names for every style; one with entries of its own (`style:icon`, or `style:` for none) has only those."""
+    icons = [icon.rpartition(":") for icon in field.split()]
+    shared = tuple(icon for style, _, icon in icons if not style)
+    out = []
+    for style in STYLES:
+        own = [icon for named, _, icon in icons if named == style]
+        out.append(tuple(icon for icon in own if icon) if own else shared)
+    return tuple(out)
+
+
+def _parse(line: str, traits: frozenset[str]) -> Concept:
+    drawings, name, plural, colours, synonyms = line.split("|")
     words = [word for word in synonyms.split(",") if word]
     return Concept(
-        icon=icon,
         name=name,
         plural=name if plural == "=" else plural or pluralise(name),
         colours=tuple(colour for colour in colours.split(",") if colour),
         synonyms=tuple(word for word in words if not word.startswith("*")),
         unseen=tuple(word[1:] for word in words if word.startswith("*")),
+        tintable="tint" in traits,
+        flips="flip" in traits,
+        drawings=_drawings(drawings),
     )
 
 
 @cache
 def load_concepts() -> tuple[Concept, ...]:
-    """All concepts, in table order."""
-    lines = TABLE.read_text(encoding="utf-8").splitlines()
-    return tuple(_parse(line) for line in lines if line and not line.startswith("#"))
+    """All concepts, in table order; a `[heading: traits]` line says which traits the lines below it have."""
+    out, traits = [], frozenset[str]()
+    for line in TABLE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            traits = frozenset(line.strip("[]").partition(":")[2].split())
+        elif line and not line.startswith("#"):
+            out.append(_parse(line, traits))
+    return tuple(out)
 
 
-def select(icons: tuple[str, ...] | None) -> tuple[Concept, ...]:
-    """The concepts with these icons, or all of them."""
+def select(names: tuple[str, ...] | None) -> tuple[Concept, ...]:
+    """The concepts with these names, in table order, or all of them."""
     concepts = load_concepts()
-    return concepts if icons is None else tuple(c for c in concepts if c.icon in icons)
+    return concepts if names is None else tuple(concept for concept in concepts if concept.name in names)
