@@ -1,0 +1,193 @@
+"""Layouts: where the objects of a scene stand, for one group or two in a relation.
+
+Shapes: B scenes; P placements a scene (5). Places are (x, y, scale) with centre and half-side in units of half the
+picture, y downwards, scale 0 for an absent object. The first group's objects come first.
+"""
+
+import torch
+
+PLACEMENTS = 5
+RELATIONS = ("and", "left of", "right of", "above", "below", "behind", "in front of", "on")
+AND, LEFT, RIGHT, ABOVE, BELOW, BEHIND, IN_FRONT, ON = range(len(RELATIONS))
+SMALL, LARGE = 1, 2
+
+_FACTORS = (1.0, 0.6, 1.4)  # of the usual scale: unsaid, SMALL, LARGE
+_BESIDE_LARGE = 0.8  # of the usual scale: both objects, where one is LARGE, so that the two still fit
+_ALONE = 0.64
+
+Place = tuple[float, float, float]
+
+
+def _at(scale: float, *centres: tuple[float, float]) -> tuple[Place, ...]:
+    return tuple((x, y, scale) for x, y in centres)
+
+
+# One group of 1 to 5 objects: arrangements to choose from.
+_GROUPS: dict[int, tuple[tuple[Place, ...], ...]] = {
+    1: (_at(_ALONE, (0, 0)),),
+    2: (
+        _at(0.44, (-0.49, 0), (0.49, 0)),
+        _at(0.44, (-0.44, -0.44), (0.44, 0.44)),
+        _at(0.44, (0.44, -0.44), (-0.44, 0.44)),
+        _at(0.44, (0, -0.48), (0, 0.48)),
+    ),
+    3: (
+        _at(0.3, (-0.65, 0), (0, 0), (0.65, 0)),
+        _at(0.42, (0, -0.47), (-0.47, 0.44), (0.47, 0.44)),
+        _at(0.42, (-0.47, -0.44), (0.47, -0.44), (0, 0.47)),
+        _at(0.32, (-0.62, -0.6), (0, 0), (0.62, 0.6)),
+    ),
+    4: (
+        _at(0.4, (-0.46, -0.46), (0.46, -0.46), (-0.46, 0.46), (0.46, 0.46)),
+        _at(0.34, (0, -0.62), (-0.6, 0), (0.6, 0), (0, 0.62)),
+        _at(0.31, (-0.65, -0.34), (0, -0.34), (0.65, -0.34), (0, 0.4)),
+        _at(0.31, (0, -0.4), (-0.65, 0.34), (0, 0.34), (0.65, 0.34)),
+    ),
+    5: (
+        _at(0.31, (-0.6, -0.6), (0.6, -0.6), (0, 0), (-0.6, 0.6), (0.6, 0.6)),
+        _at(0.31, (-0.35, -0.37), (0.35, -0.37), (-0.66, 0.37), (0, 0.37), (0.66, 0.37)),
+        _at(0.31, (-0.66, -0.37), (0, -0.37), (0.66, -0.37), (-0.35, 0.37), (0.35, 0.37)),
+    ),
+}
+
+# Two groups, the first on the left; the other directions are turned copies. (1, 2) is (2, 1) mirrored, and so on.
+_PAIRS: dict[tuple[int, int], tuple[tuple[Place, ...], ...]] = {
+    (1, 1): (_at(0.46, (-0.49, 0), (0.49, 0)),),
+    (2, 1): (
+        _at(0.42, (-0.5, -0.46), (-0.5, 0.46), (0.5, 0)),
+        _at(0.29, (-0.69, 0), (-0.08, 0), (0.68, 0)),
+    ),
+    (3, 1): (_at(0.3, (-0.69, 0.34), (-0.06, 0.34), (-0.38, -0.32), (0.64, 0)),),
+    (4, 1): (_at(0.3, (-0.69, -0.34), (-0.06, -0.34), (-0.69, 0.34), (-0.06, 0.34), (0.66, 0)),),
+    (2, 2): (_at(0.4, (-0.5, -0.45), (-0.5, 0.45), (0.5, -0.45), (0.5, 0.45)),),
+    (3, 2): (_at(0.3, (-0.69, 0.34), (-0.06, 0.34), (-0.38, -0.32), (0.65, -0.36), (0.65, 0.36)),),
+}
+_VARIANTS = 4
+
+
+def _mirrored(first: int, arrangement: tuple[Place, ...]) -> tuple[Place, ...]:
+    """Left and right exchanged, the right group's objects listed first."""
+    turned = tuple((-x, y, scale) for x, y, scale in arrangement)
+    return turned[first:] + turned[:first]
+
+
+def _table() -> list[list[list[tuple[Place, ...]]]]:
+    """Arrangements by (first count, second count, variant), each padded to PLACEMENTS and _VARIANTS by repeating."""
+    options = {(count, 0): group for count, group in _GROUPS.items()} | _PAIRS
+    for (first, second), arrangements in _PAIRS.items():
+        if first != second:
+            options[second, first] = tuple(_mirrored(first, arrangement) for arrangement in arrangements)
+    nothing: tuple[Place, ...] = ((0.0, 0.0, 0.0),) * PLACEMENTS
+    table = []
+    for first in range(PLACEMENTS + 1):
+        row = []
+        for second in range(PLACEMENTS + 1):
+            found = options.get((first, second), (nothing,))
+            padded = [(arrangement + nothing)[:PLACEMENTS] for arrangement in found]
+            row.append([padded[variant % len(padded)] for variant in range(_VARIANTS)])
+        table.append(row)
+    return table
+
+
+class Layouts:
+    """The table of arrangements on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._table = torch.tensor(_table(), device=device)
+        self._factors = torch.tensor(_FACTORS, device=device)
+
+    def places(
+        self,
+        count: torch.Tensor,
+        size: torch.Tensor,
+        relation: torch.Tensor,
+        turn: torch.Tensor,
+        extent: torch.Tensor,
+        standing: torch.Tensor,
+    ) -> torch.Tensor:
+        """Random places [B, P, 3] for scenes of this meaning, each object's square inside the picture.
+
+        `count`, `size` [B, 2] and `relation` [B] as in `Scenes`; `turn` [B, P] radians; `extent` [B, P, 3]: the top of
+        the drawing, its top near the middle, and its bottom, as shares of the scale; `standing` [B]: objects rest with
+        their feet in the lower part of the picture. BEHIND, IN_FRONT and ON are for one object and one other.
+        """
+        total, device = len(count), count.device
+
+        def spread(*shape: int) -> torch.Tensor:
+            return torch.rand(total, *shape, device=device) * 2 - 1
+
+        variant = torch.randint(0, _VARIANTS, (total,), device=device)
+        x, y, scale = self._table[count[:, 0], count[:, 1], variant].unbind(-1)
+        turned = (relation == ABOVE) | (relation == BELOW)
+        reversed_ = (relation == RIGHT) | (relation == BELOW)
+        sign = torch.where(reversed_, -1.0, 1.0)[:, None]
+        x, y = torch.where(turned[:, None], y, x * sign), torch.where(turned[:, None], x * sign, y)
+
+        alone = (count.sum(1) == 1)[:, None]
+        several = (count.sum(1) > 2)[:, None]
+        slots = torch.arange(PLACEMENTS, device=device)
+        group = (slots >= count[:, :1]).long()
+        factor = self._factors[size].gather(1, group)
+        beside = ((size == LARGE).any(1) & (count[:, 1] > 0))[:, None]
+        factor = torch.where(beside, factor * _BESIDE_LARGE, factor)
+        factor = torch.where(several | (~alone & (count[:, 1:] == 0)), factor.clamp(max=1), factor)
+        scale = scale * factor * (1 + torch.where(alone, 0.08, 0.04) * spread(1))
+        x = x + spread(PLACEMENTS) * torch.where(alone, 0.1, 0.025)
+        y = y + spread(PLACEMENTS) * torch.where(alone, 0.08, 0.025)
+
+        x, y, scale = self._overlapping(x, y, scale, relation, factor, extent, spread(4))
+        upright = standing[:, None] & (relation != ON)[:, None]
+        top, _, bottom = extent.unbind(-1)
+        y = torch.where(upright, y + scale * (1 - bottom), y)
+        lowest = torch.where(scale > 0, y + scale * bottom, -2).amax(1, keepdim=True)
+        highest = torch.where(scale > 0, y + scale * top, 2).amin(1, keepdim=True)
+        drop = (0.8 + 0.06 * spread(1) - lowest).clamp(max=2)
+        y = torch.where(standing[:, None], y + torch.maximum(drop, -0.98 - highest), y)
+
+        reach = turn.cos().abs() + turn.sin().abs()
+        scale = torch.minimum(scale, 1 / reach)
+        room = 1 - scale * reach
+        return torch.stack([torch.minimum(torch.maximum(x, -room), room), y.clamp(min=-room, max=room), scale], -1)
+
+    @staticmethod
+    def _overlapping(
+        x: torch.Tensor,
+        y: torch.Tensor,
+        scale: torch.Tensor,
+        relation: torch.Tensor,
+        factor: torch.Tensor,
+        extent: torch.Tensor,
+        spread: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The first two places moved together for BEHIND, IN_FRONT and ON."""
+        deep = (relation == BEHIND) | (relation == IN_FRONT)
+        on = relation == ON
+        near = (relation == IN_FRONT).long()  # which of the two stands nearer; BEHIND: the second
+        first, second = scale[:, 0], scale[:, 1]
+
+        # In depth: the farther object higher, to one side, about a third of its square covered.
+        far_scale, near_scale = 0.56 * factor[:, 0], 0.5 * factor[:, 1]
+        far_scale = torch.where(near == 1, 0.5 * factor[:, 0], far_scale)
+        near_scale = torch.where(near == 1, 0.56 * factor[:, 1], near_scale)
+        reach = far_scale + near_scale
+        side = torch.where(spread[:, 0] < 0, -1.0, 1.0) * (0.25 + 0.03 * spread[:, 1]) * reach
+        lift = torch.where(near == 1, -1.0, 1.0) * (0.17 + 0.02 * spread[:, 2]) * reach
+        deep_x, deep_y = torch.stack([-side, side], 1), torch.stack([-lift, lift], 1)
+        deep_scale = torch.stack([far_scale, near_scale], 1)
+
+        # One on the other: the first's feet sink a little into the second's top, and the two are centred as one.
+        upper, lower = 0.38 * factor[:, 0], 0.48 * factor[:, 1]
+        contact = 0.05 * upper
+        lower_y = torch.zeros_like(lower)
+        upper_y = lower_y + lower * extent[:, 1, 1] - upper * extent[:, 0, 2] + contact
+        middle = (upper_y + upper * extent[:, 0, 0] + lower * extent[:, 1, 2]) / 2
+        on_x = torch.stack([0.12 * lower * spread[:, 1], torch.zeros_like(lower)], 1) + 0.1 * spread[:, 3:]
+        on_y = torch.stack([upper_y - middle, lower_y - middle], 1)
+        on_scale = torch.stack([upper, lower], 1)
+
+        def chosen(usual: torch.Tensor, in_depth: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
+            two = torch.where(on[:, None], stacked, torch.where(deep[:, None], in_depth, usual[:, :2]))
+            return torch.cat([two, usual[:, 2:]], 1)
+
+        del first, second
+        return chosen(x, deep_x, on_x), chosen(y, deep_y, on_y), chosen(scale, deep_scale, on_scale)
