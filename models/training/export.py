@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import tarfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from models.bundles.manifest import MANIFEST, seal
 from models.training.distributed import Ranks
 from models.training.networks import build_unet, build_vae
 from models.training.sampling import ORIGINAL_STEPS, guidance_embedding
-from models.training.schedule import BETA_END, BETA_START, STEPS
+from models.training.schedule import BETA_END, BETA_START, SIGMA_MAX, STEPS, NoiseLevels
 from models.training.settings import Preset
 from models.training.text import LENGTH
 
-FOLDERS = ("unet", "unet_lcm", "vae", "scheduler", "scheduler_lcm")
+FOLDERS = ("unet", "unet_lcm", "vae", "scheduler", "scheduler_lcm", "lora", "scorer", "eval")
+STUDENTS = "students.json"
 SHARD = "15MB"
 _PIECE = 31 * 2**19  # 15.5 MiB, under the 16 MiB that one file may have
 _SCHEDULE: dict[str, Any] = {
@@ -104,7 +106,7 @@ def export_vae(weights: dict[str, Any], folder: Path, preset: Preset, ranks: Ran
     return {"non_finite_weights": float(bad), "float16_error": float((half - exact).norm() / exact.norm())}
 
 
-def export_bundle(
+def export_networks(
     folder: Path,
     preset: Preset,
     text_width: int,
@@ -113,7 +115,7 @@ def export_bundle(
     student: dict[str, Any],
     ranks: Ranks,
 ) -> dict[str, dict[str, float]]:
-    """Write FOLDERS under `folder`; returns what float16 costs each network."""
+    """Write the VAE, the teacher, the LCM student and their schedulers; returns what float16 costs each network."""
     figures = {
         "unet": export_unet(teacher, folder / "unet", preset, text_width, ranks, guided=False),
         "unet_lcm": export_unet(student, folder / "unet_lcm", preset, text_width, ranks, guided=True),
@@ -124,6 +126,24 @@ def export_bundle(
     for part, row in figures.items():
         ranks.log(f"export {part}:", row)
     return figures
+
+
+def students(preset: Preset, time_points: Mapping[int, Sequence[float]]) -> dict[str, Any]:
+    """A manifest's "students" and "loras": what the LoRAs beside the teacher are for.
+
+    `time_points`: sigmas of consistency sampling by number of steps.
+    """
+    guidance = preset.distilled_guidance
+    consistency = {
+        "lora": "lora/consistency.safetensors",
+        "sigma_min": NoiseLevels(torch.device("cpu")).low,
+        "sigma_max": SIGMA_MAX,
+        "sigma_data": 1.0,
+        "guidance_scale": guidance,
+        "sigmas": {str(steps): list(sigmas) for steps, sigmas in time_points.items()},
+    }
+    lcm_lora = {"file": "lora/lcm.safetensors", "sampler": "lcm", "guidance_scale": guidance}
+    return {"students": {"consistency": consistency}, "loras": {"lcm-lora": lcm_lora}}
 
 
 def _pieces(folder: Path, name: str, members: list[Path], root: Path) -> None:
@@ -143,33 +163,39 @@ def _pieces(folder: Path, name: str, members: list[Path], root: Path) -> None:
 def pack(out: Path) -> None:
     """Archives under `out`/packs/{teacher,lcm,rest}: each at most a few pieces, to be fetched one group at a time."""
     bundle = out / "bundle"
-    groups = {
-        "teacher": [bundle / "unet"],
-        "lcm": [bundle / "unet_lcm"],
-        "rest": [bundle / "vae", bundle / "scheduler", bundle / "scheduler_lcm", out / "metrics.json", out / "sheets"],
-    }
+    large = {"teacher": bundle / "unet", "lcm": bundle / "unet_lcm"}
+    groups = {name: [folder] for name, folder in large.items()}
+    groups["rest"] = [path for path in bundle.iterdir() if path not in large.values()]
+    groups["rest"] += [out / "metrics", out / "sheets", out / STUDENTS, out / "unshipped"]
     for name, members in groups.items():
         _pieces(out / "packs" / name, name, [member for member in members if member.exists()], out)
 
 
-def write_metrics(path: Path, values: dict[str, Any]) -> None:
-    """Merge `values` into the JSON object at `path`."""
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps(old | values, indent=1) + "\n", encoding="utf-8")
+def write_metrics(path: Path, values: Any) -> None:
+    """`values` as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def publish(bundle: Path, metrics: dict[str, Any], destination: Path) -> None:
+def read_metrics(out: Path) -> dict[str, Any]:
+    """The figures of every stage that has been run, by its name."""
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "metrics").glob("*.json"))
+    }
+
+
+def publish(out: Path, destination: Path) -> None:
     """Put the exported folders into `destination`, a bundle with a manifest, and write its figures and digests.
 
     Args:
-        bundle: what `export_bundle` wrote.
-        metrics: the run's figures, which become the manifest's "training".
+        out: a finished run: its bundle/ has what export wrote, its metrics/ become the manifest's "training", and
+            its students.json the manifest's "students" and "loras".
         destination: keeps its other files, such as the configurations of the text tower.
 
     Raises:
         FileNotFoundError: the run has exported nothing, or `destination` has no manifest. Nothing is changed then.
     """
-    path = destination / MANIFEST
+    path, bundle = destination / MANIFEST, out / "bundle"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     for name in FOLDERS:
         if not (bundle / name).is_dir():
@@ -178,7 +204,8 @@ def publish(bundle: Path, metrics: dict[str, Any], destination: Path) -> None:
         if (destination / name).exists():
             shutil.rmtree(destination / name)
         shutil.copytree(bundle / name, destination / name)
-    manifest["training"] = _rounded(metrics)
+    manifest["training"] = _rounded(read_metrics(out))
+    manifest |= json.loads((out / STUDENTS).read_text(encoding="utf-8"))
     path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     seal(destination)
 

@@ -4,6 +4,7 @@ The float32 master holds the truth; the network computes with a low-precision wo
 of one buffer (convolution weights laid out channels-last), and its gradients accumulate into views of another.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -84,6 +85,28 @@ class FlatOptimizer:
     @torch.no_grad()
     def clear(self) -> None:
         self._gradient.zero_()
+
+    @torch.no_grad()
+    def start_from(self, network: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take `weights`, by the names of `network`'s parameters, as the beginning; those not among them become zero.
+
+        Args:
+            network: the one that this optimiser was made for.
+
+        Raises:
+            ValueError: `weights` holds what the network does not, or another shape.
+        """
+        named = dict(zip((name for name, _ in network.named_parameters()), self.views(self.master), strict=True))
+        for name, value in weights.items():
+            if name not in named or named[name].shape != value.shape:
+                raise ValueError(f"weights to start from: '{name}' of shape {tuple(value.shape)} does not fit")
+        for name, view in named.items():
+            if name in weights:
+                view.copy_(weights[name])
+            else:
+                view.zero_()
+        self.ema.copy_(self.master)
+        self._work.copy_(self.master)
 
     @torch.no_grad()
     def copy_to(self, network: nn.Module, flat: torch.Tensor) -> None:

@@ -1,20 +1,20 @@
 """The whole recipe, one command:  python -m models.training.run --data .data --out out/training
 
-It starts one process a GPU, and every stage saves its progress and resumes. --miniature does it all on the CPU in
-under two minutes, on drawn shapes; --smoke runs every stage at full size for seconds; --rehearse runs a smoke beside
-the real run, so that later stages' faults show while the VAE still trains and their graphs are compiled before they
-are needed. Two stages are not part of "all": carry collects what a machine without a network needs, publish puts a
-finished run's networks and figures into a bundle of this repository.
+It starts one process a GPU, and every stage saves its progress and resumes. --stage takes one stage or several with
+commas between them, so that stages that need not wait for each other can run on GPUs of their own (CUDA_VISIBLE_DEVICES).
+--miniature does it all on the CPU in minutes, on drawn shapes; --smoke runs every stage at full size for seconds;
+--rehearse runs a smoke beside the real run, so that later stages' faults show while the VAE still trains and their
+graphs are compiled before they are needed. Two stages are not part of "all": carry collects what a machine without a
+network needs, publish puts a finished run's networks and figures into a bundle of this repository.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -23,23 +23,33 @@ from models.training.compiled import AWAIT_MARKERS, LEAVE_MARKERS, OVER
 from models.training.distributed import join, leave
 from models.training.settings import FULL, MINIATURE, Budgets
 
-STAGES = ("sprites", "vae", "teacher", "lcm", "export", "judge", "eval")
-BUNDLE = Path("models/bundles/headstart-v1")
-_FULL_SECONDS = Budgets(vae=220, teacher=520, lcm=140, judge=35)
-_SMOKE_SECONDS = Budgets(vae=5, teacher=5, lcm=5, judge=5)
-_MINIATURE_SECONDS = Budgets(vae=8, teacher=8, lcm=4, judge=2)
+STAGES = (
+    "sprites", "vae", "scorer", "teacher", "lcm", "lcm-lora", "consistency", "consistency-training", "sheets", "export",
+    "reference",
+)  # fmt: skip
+TIMED = tuple(field.name for field in fields(Budgets))
+ALONE = ("carry", "publish")
+BUNDLE = Path("models/bundles/headstart-v2")
+_FULL_SECONDS = Budgets(
+    vae=220, scorer=170, teacher=700, lcm=180, lcm_lora=80, consistency=150, consistency_training=90
+)
+_SMOKE_SECONDS = Budgets(**dict.fromkeys(TIMED, 5.0))
+_MINIATURE_SECONDS = Budgets(vae=8, scorer=3, teacher=8, lcm=3, lcm_lora=2, consistency=3, consistency_training=2)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", default="all", choices=("all", "carry", *STAGES, "publish"))
+    parser.add_argument(
+        "--stage", default="all", type=_stages, metavar="STAGE[,STAGE]", help=f"{', '.join((*STAGES, *ALONE))}; all"
+    )
     parser.add_argument("--data", type=Path, default=Path(".data"), help="sprites, text tower and their sources")
     parser.add_argument("--out", type=Path, default=Path("out/training"))
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="the bundle that publish writes")
     parser.add_argument("--ranks", type=int, default=0, help="processes; 0 means one a GPU, or one without GPUs")
-    for stage in ("vae", "teacher", "lcm", "judge"):
-        parser.add_argument(f"--{stage}-seconds", type=float, help=f"training time of the {stage}")
-    parser.add_argument("--eval-prompts", type=int, help="prompts of each kind")
+    for stage in TIMED:
+        name = stage.replace("_", "-")
+        parser.add_argument(f"--{name}-seconds", type=float, help=f"training time of the stage {name}")
+    parser.add_argument("--start-from", type=Path, help="folder with an earlier unet/ and vae/ to go on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--miniature", action="store_true", help="tiny sizes on drawn shapes, for the CPU")
     parser.add_argument("--smoke", action="store_true", help="seconds a stage, full sizes")
@@ -50,10 +60,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _stages(text: str) -> tuple[str, ...]:
+    names = STAGES if text == "all" else tuple(text.split(","))
+    for name in names:
+        if name not in (*STAGES, *ALONE) or (name in ALONE and len(names) > 1):
+            raise argparse.ArgumentTypeError(
+                f"'{name}' is not allowed; {', '.join(STAGES)}, or alone {', '.join(ALONE)}"
+            )
+    return names
+
+
 def budgets(args: argparse.Namespace) -> Budgets:
     """Seconds a stage: the preset's, unless given."""
     usual = _MINIATURE_SECONDS if args.miniature else _SMOKE_SECONDS if args.smoke else _FULL_SECONDS
-    given = {name: getattr(args, f"{name}_seconds") for name in ("vae", "teacher", "lcm", "judge")}
+    given = {name: getattr(args, f"{name}_seconds") for name in TIMED}
     return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -69,12 +89,10 @@ def work(args: argparse.Namespace) -> None:
 
     ranks = join(float(os.environ.get("STARTED", time.time())))
     preset = replace(MINIATURE if args.miniature else FULL, seed=args.seed).for_one_of(args.batch_of)
-    prompts = args.eval_prompts or (8 if args.miniature else 16 if args.smoke else 512)
-    stages = STAGES if args.stage == "all" else (args.stage,)
     try:
-        run = Run(preset, budgets(args), args.data, args.out, ranks)
-        for stage in stages:
-            run.stage(stage, prompts)
+        run = Run(preset, budgets(args), args.data, args.out, ranks, args.start_from)
+        for stage in args.stage:
+            run.stage(stage)
         ranks.log("end")
     finally:
         leave()
@@ -89,14 +107,21 @@ def _start(arguments: list[str], environment: dict[str, str], log: Path | None =
         return subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
 
 
+def _gpu(rank: int) -> str:
+    """The GPU of a rank, among those that this process may use."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",")[rank] if given else str(rank)
+
+
 def _rehearsal(args: argparse.Namespace, ranks: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """A smoke on the last GPU, in its own folder, with one rank's batch; it marks the graphs it has compiled."""
     folder, markers = args.out / "rehearsal", Path(environment[AWAIT_MARKERS])
     folder.mkdir(parents=True, exist_ok=True)
     arguments = ["--smoke", "--ranks", "1", "--batch-of", str(ranks), "--data", str(args.data), "--out", str(folder)]
     arguments += ["--miniature"] if args.miniature else []
+    arguments += ["--start-from", str(args.start_from)] if args.start_from else []
     own = {key: value for key, value in environment.items() if key != AWAIT_MARKERS}
-    own |= {LEAVE_MARKERS: str(markers), "RANK": "0", "RANKS": "1", "CUDA_VISIBLE_DEVICES": str(ranks - 1)}
+    own |= {LEAVE_MARKERS: str(markers), "RANK": "0", "RANKS": "1", "CUDA_VISIBLE_DEVICES": _gpu(ranks - 1)}
     return _start(arguments, own, folder / "log.txt")
 
 
@@ -118,7 +143,7 @@ def launch(args: argparse.Namespace, ranks: int) -> int:
         for rank in range(ranks):
             own = environment | {"RANK": str(rank), "RANKS": str(ranks), "RENDEZVOUS": str(Path(scratch) / "store")}
             if torch.cuda.is_available():
-                own["CUDA_VISIBLE_DEVICES"] = str(rank)
+                own["CUDA_VISIBLE_DEVICES"] = _gpu(rank)
             workers.append(_start(sys.argv[1:], own))
         status = _wait(workers, rehearsal, environment)
         if rehearsal is not None and rehearsal.poll() is None:
@@ -154,15 +179,15 @@ def _wait(
 
 def main() -> int:
     args = parse()
-    if args.stage == "carry":
+    if args.stage == ("carry",):
         from models.training.carry import make_carry
 
         make_carry(args.data)
         return 0
-    if args.stage == "publish":
+    if args.stage == ("publish",):
         from models.training.export import publish
 
-        publish(args.out / "bundle", json.loads((args.out / "metrics.json").read_text(encoding="utf-8")), args.bundle)
+        publish(args.out, args.bundle)
         return 0
     if "RANK" in os.environ:
         work(args)

@@ -5,7 +5,12 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything about a run's size. Batches are global: each rank takes its share."""
+    """Everything about a run's size. Batches are global: each rank takes its share.
+
+    large_every: one in so many steps is on pictures of twice the side, a quarter of the batch.
+    lora_…: of the LCM-LoRA, and of the consistency LoRAs, which have consistency_rank.
+    distilled_guidance: the one scale that students without a guidance input are distilled at.
+    """
 
     name: str
     resolution: int
@@ -22,20 +27,26 @@ class Preset:
     warm_up: int
     guidance_width: int
     student_rate: float
+    lora_batch: int
+    lora_rate: float
+    lora_rank: int
+    consistency_rank: int
+    distilled_guidance: float
     ring: int
     ring_start: int
     refill: int
     refill_every: int
-    judge_batch: int
-    judge_rate: float
+    large_every: int
+    scorer_batch: int
+    scorer_rate: float
     icons: tuple[str, ...] | None
     log_every: int
     seed: int = 0
 
     def for_one_of(self, ranks: int) -> "Preset":
         """The same shapes on one process as on each of `ranks`: batches are divided."""
-        batches = {name: getattr(self, name) // ranks for name in ("vae_batch", "unet_batch", "judge_batch")}
-        return replace(self, **batches)
+        names = ("vae_batch", "unet_batch", "lora_batch", "scorer_batch")
+        return replace(self, **{name: getattr(self, name) // ranks for name in names})
 
     @property
     def latent(self) -> int:
@@ -55,17 +66,23 @@ FULL = Preset(
     unet_heads=4,
     # Eight groups rather than 32: a group then spans 16 channels, one memory sector in channels-last layout.
     unet_groups=8,
-    unet_batch=512,
-    teacher_rate=7e-4,
+    unet_batch=768,
+    teacher_rate=8e-4,
     warm_up=300,
     guidance_width=256,
     student_rate=3e-4,
+    lora_batch=256,
+    lora_rate=1e-3,
+    lora_rank=16,
+    consistency_rank=32,
+    distilled_guidance=3.0,
     ring=65_536,
     ring_start=12_288,
     refill=256,
-    refill_every=8,
-    judge_batch=1024,
-    judge_rate=1e-3,
+    refill_every=6,
+    large_every=5,
+    scorer_batch=512,
+    scorer_rate=1e-3,
     icons=None,
     log_every=250,
 )
@@ -86,12 +103,18 @@ MINIATURE = Preset(
     warm_up=5,
     guidance_width=32,
     student_rate=5e-4,
+    lora_batch=16,
+    lora_rate=2e-3,
+    lora_rank=4,
+    consistency_rank=4,
+    distilled_guidance=3.0,
     ring=256,
     ring_start=64,
     refill=16,
     refill_every=4,
-    judge_batch=16,
-    judge_rate=1e-3,
+    large_every=3,
+    scorer_batch=16,
+    scorer_rate=1e-3,
     icons=("red-circle", "blue-heart", "star", "rock", "green-apple", "orange-circle", "red-heart", "cloud"),
     log_every=20,
 )
@@ -102,6 +125,9 @@ class Budgets:
     """Wall-clock seconds of each trained stage."""
 
     vae: float
+    scorer: float
     teacher: float
     lcm: float
-    judge: float
+    lcm_lora: float
+    consistency: float
+    consistency_training: float

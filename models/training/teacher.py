@@ -18,6 +18,7 @@ from models.training.settings import Preset
 
 _NO_CAPTION = 0.1
 _DECAY_FROM = 0.55  # share of the time after which the learning rate falls to zero
+_LARGE_FROM = 0.6  # share of the time after which some steps are on large pictures
 
 
 class TeacherLoss(nn.Module):
@@ -43,13 +44,18 @@ class TeacherLoss(nn.Module):
         return rows.mean(), rows.detach()
 
 
-def make_step(preset: Preset, ranks: Ranks, text_width: int) -> tuple[UNet2DConditionModel, FlatOptimizer, Compiled]:
-    """The teacher, its optimiser, and its compiled forward-and-backward."""
+def make_steps(
+    preset: Preset, ranks: Ranks, text_width: int
+) -> tuple[UNet2DConditionModel, FlatOptimizer, Compiled, Compiled]:
+    """The teacher, its optimiser, and its compiled forward-and-backward on usual and on large pictures."""
     torch.manual_seed(preset.seed + 5)
     unet = build_unet(preset, text_width, guided=False).to(ranks.device)
-    optimizer = FlatOptimizer(unet, ranks, decay=0.01, average=0.998)
-    step = Compiled(TeacherLoss(unet, ranks.dtype), "teacher", ranks, backward=True, clear=optimizer.clear)
-    return unet, optimizer, step
+    optimizer = FlatOptimizer(unet, ranks, decay=0.01, average=0.999)
+    loss = TeacherLoss(unet, ranks.dtype)
+    usual, large = (
+        Compiled(loss, name, ranks, backward=True, clear=optimizer.clear) for name in ("teacher", "large teacher")
+    )
+    return unet, optimizer, usual, large
 
 
 def learning_rate(peak: float, step: int, warm_up: int, progress: float) -> float:
@@ -58,30 +64,62 @@ def learning_rate(peak: float, step: int, warm_up: int, progress: float) -> floa
     return peak * min(1.0, (step + 1) / warm_up) * max(0.002, fall)
 
 
+class TeacherBatches:
+    """The arguments of `TeacherLoss.forward`, drawn from a ring of examples."""
+
+    def __init__(self, ring: Ring, batch: int, null: torch.Tensor, ranks: Ranks) -> None:
+        self._ring, self._batch, self._null, self._device = ring, batch, null, ranks.device
+        self._alphas = alphas_cumprod(ranks.device)
+        self._strata = torch.arange(batch, device=ranks.device)
+        self._drawn = 0
+
+    def draw(self, refill_every: int) -> tuple[torch.Tensor, ...]:
+        """Stratified timesteps: one in each of `batch` equal intervals. Every few draws the ring is refilled."""
+        if self._drawn % refill_every == 0:
+            self._ring.refill()
+        self._drawn += 1
+        latents, states = self._ring.draw(self._batch)
+        dropped = torch.rand(self._batch, device=self._device) < _NO_CAPTION
+        states = torch.where(dropped[:, None, None], self._null, states)
+        place = (self._strata + torch.rand(self._batch, device=self._device)) * (STEPS / self._batch)
+        timestep = place.long().clamp(max=STEPS - 1)
+        return latents, torch.randn_like(latents), timestep, states, self._alphas[timestep]
+
+
 def train_teacher(
-    preset: Preset, ring: Ring, null: torch.Tensor, ranks: Ranks, checkpoints: Checkpoints, seconds: float
+    preset: Preset,
+    ring: Ring,
+    large_ring: Ring,
+    null: torch.Tensor,
+    first: dict[str, Any] | None,
+    ranks: Ranks,
+    checkpoints: Checkpoints,
+    seconds: float,
 ) -> dict[str, Any]:
     """Train for `seconds`; the finished checkpoint holds the averaged float32 weights.
 
-    `null`: text states [1, LENGTH, width] of the empty prompt.
+    Args:
+        large_ring: pictures of twice the side, for one in `preset.large_every` of the later steps.
+        null: text states [1, LENGTH, width] of the empty prompt.
+        first: weights to start from, of an earlier teacher; None starts from random ones.
     """
-    unet, optimizer, step = make_step(preset, ranks, null.shape[-1])
+    unet, optimizer, usual, large = make_steps(preset, ranks, null.shape[-1])
+    if first is not None:
+        optimizer.start_from(unet, first)
+        ranks.log("teacher: starts from given weights")
     ranks.log(f"teacher: {millions(unet):.2f} M parameters, batch {preset.unet_batch}")
     clock = Clock(ranks, checkpoints.resume("teacher", optimizer))
     torch.manual_seed(preset.seed + 1000 + 17 * optimizer.iterations + ranks.rank)
-    batch, alphas = ranks.share(preset.unet_batch), alphas_cumprod(ranks.device)
-    strata = torch.arange(batch, device=ranks.device)
+    batch = ranks.share(preset.unet_batch)
+    batches = TeacherBatches(ring, batch, null, ranks)
+    large_batches = TeacherBatches(large_ring, max(1, batch // 4), null, ranks)
     meter = Meter(clock, batch * ranks.size)
     while meter.elapsed < seconds:
-        rate = learning_rate(preset.teacher_rate, optimizer.iterations, preset.warm_up, meter.elapsed / seconds)
-        if meter.done % preset.refill_every == 0:
-            ring.refill()
-        latents, states = ring.draw(batch)
-        dropped = torch.rand(batch, device=ranks.device) < _NO_CAPTION
-        states = torch.where(dropped[:, None, None], null, states)
-        # Stratified timesteps: one in each of `batch` equal intervals.
-        timestep = ((strata + torch.rand(batch, device=ranks.device)) * (STEPS / batch)).long().clamp(max=STEPS - 1)
-        loss, rows = step(latents, torch.randn_like(latents), timestep, states, alphas[timestep])
+        progress = meter.elapsed / seconds
+        rate = learning_rate(preset.teacher_rate, optimizer.iterations, preset.warm_up, progress)
+        is_large = progress > _LARGE_FROM and meter.done % preset.large_every == 0
+        step, source = (large, large_batches) if is_large else (usual, batches)
+        loss, rows = step(*source.draw(preset.refill_every))
         norm = optimizer.step(rate)
         meter.step(loss.detach()[None])
         checkpoints.keep("teacher", optimizer, clock, meter.done)

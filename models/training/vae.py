@@ -20,6 +20,7 @@ from models.training.settings import Preset
 _KL_WEIGHT = 3e-4
 _EDGE_WEIGHT = 0.5
 _WARM_UP = 150
+_CONTINUED = 0.4  # share of the learning rate for a VAE that has been trained before
 _FIRST_LOG_VARIANCE = -6.0  # nearly noiseless latents at first: at 0 the decoder sees little but noise for long
 
 
@@ -76,11 +77,11 @@ def psnr(ours: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def normalise(vae: AutoencoderKL, stage: Stage, ranks: Ranks, batches: int = 4, batch: int = 64) -> None:
+def normalise(vae: AutoencoderKL, stage: Stage, side: int, ranks: Ranks, batches: int = 4, batch: int = 64) -> None:
     """Fold per-channel mean and deviation of the latents into the 1x1 convolutions: latents become unit normal."""
     first, second = (torch.zeros(LATENT_CHANNELS, device=ranks.device) for _ in range(2))
     for _ in range(batches):
-        mean, _log_variance = moments(vae, stage.compose(stage.sample(batch)))
+        mean, _log_variance = moments(vae, stage.compose(stage.sample(batch), side))
         first += mean.mean((0, 2, 3)) / batches
         second += mean.square().mean((0, 2, 3)) / batches
     centre, power = ranks.mean(first), ranks.mean(second)
@@ -95,11 +96,13 @@ def normalise(vae: AutoencoderKL, stage: Stage, ranks: Ranks, batches: int = 4, 
 
 
 @torch.no_grad()
-def measure(vae: AutoencoderKL, stage: Stage, ranks: Ranks, batches: int = 4, batch: int = 32) -> dict[str, float]:
-    """PSNR on fresh scenes: from the posterior's mean, from a sample of it, and with noise on the latents."""
+def measure(
+    vae: AutoencoderKL, stage: Stage, side: int, ranks: Ranks, batches: int = 4, batch: int = 32
+) -> dict[str, float]:
+    """PSNR on fresh scenes of `side` pixels: from the posterior's mean, a sample of it, and with noise on latents."""
     totals = torch.zeros(4, device=ranks.device)
     for _ in range(batches):
-        pictures = stage.compose(stage.sample(batch))
+        pictures = stage.compose(stage.sample(batch), side)
         mean, log_variance = moments(vae, pictures)
         spread = (0.5 * log_variance).exp()
         noisy = mean + 0.1 * torch.randn_like(mean)
@@ -111,12 +114,23 @@ def measure(vae: AutoencoderKL, stage: Stage, ranks: Ranks, batches: int = 4, ba
 
 
 def train_vae(
-    preset: Preset, stage: Stage, ranks: Ranks, checkpoints: Checkpoints, seconds: float
+    preset: Preset,
+    stage: Stage,
+    first: dict[str, Any] | None,
+    ranks: Ranks,
+    checkpoints: Checkpoints,
+    seconds: float,
 ) -> tuple[AutoencoderKL, dict[str, Any]]:
-    """Train for `seconds` (or load the finished result): the float32 VAE and its figures."""
+    """Train for `seconds` (or load the finished result): the float32 VAE and its figures.
+
+    `first`: weights to start from, of an earlier VAE; None starts from random ones.
+    """
     torch.manual_seed(preset.seed + 7)
     vae = build_vae(preset).to(ranks.device)
-    _initialise(vae)
+    if first is None:
+        _initialise(vae)
+    else:
+        vae.load_state_dict(first)
     done = checkpoints.finished("vae")
     if done is not None:
         vae.load_state_dict(done["weights"])
@@ -125,11 +139,12 @@ def train_vae(
     optimizer = FlatOptimizer(vae, ranks, average=0.998)
     clock = Clock(ranks, checkpoints.resume("vae", optimizer))
     torch.manual_seed(preset.seed + 3000 + 17 * optimizer.iterations + ranks.rank)
-    figures = _optimise(VaeLoss(vae), optimizer, preset, stage, ranks, checkpoints, clock, seconds)
+    peak = preset.vae_rate * (1.0 if first is None else _CONTINUED)
+    figures = _optimise(VaeLoss(vae), optimizer, peak, preset, stage, ranks, checkpoints, clock, seconds)
     averaged = build_vae(preset).to(ranks.device)
     optimizer.copy_to(averaged, optimizer.ema)
-    normalise(averaged, stage, ranks)
-    figures |= measure(averaged, stage, ranks)
+    normalise(averaged, stage, preset.resolution, ranks)
+    figures |= measure(averaged, stage, preset.resolution, ranks)
     ranks.log("vae:", {name: round(value, 3) for name, value in figures.items()})
     checkpoints.save("vae", {"weights": averaged.state_dict(), "figures": figures}, finished=True)
     return averaged, figures
@@ -147,6 +162,7 @@ def _initialise(vae: AutoencoderKL) -> None:
 def _optimise(
     loss: VaeLoss,
     optimizer: FlatOptimizer,
+    peak: float,
     preset: Preset,
     stage: Stage,
     ranks: Ranks,
@@ -159,9 +175,9 @@ def _optimise(
     batch = ranks.share(preset.vae_batch)
     meter = Meter(clock, batch * ranks.size, window=100)
     while meter.elapsed < seconds:
-        rate = preset.vae_rate * min(1.0, (optimizer.iterations + 1) / _WARM_UP)
+        rate = peak * min(1.0, (optimizer.iterations + 1) / _WARM_UP)
         rate *= max(0.01, 0.5 * (1 + math.cos(math.pi * min(1.0, meter.elapsed / seconds))))
-        _, losses = step(stage.compose(stage.sample(batch)))
+        _, losses = step(stage.compose(stage.sample(batch), preset.resolution))
         norm = optimizer.step(rate)
         meter.step(losses)
         checkpoints.keep("vae", optimizer, clock, meter.done)
