@@ -71,8 +71,16 @@ class Concept:
         return (self.name, *self.synonyms, *self.unseen)
 
 
+_IRREGULAR = {"man": "men", "woman": "women", "person": "people", "child": "children", "foot": "feet", "tooth": "teeth"}
+
+
 def pluralise(noun: str) -> str:
-    """English plural by rule, for nouns whose plural is regular."""
+    """English plural by rule: of the last word, or of the one before a preposition ("faces with a monocle")."""
+    if phrase := re.match(r"(.+?)( (?:with|without|in|of|on|at|from|to|behind|over) .+)", noun):
+        return pluralise(phrase[1]) + phrase[2]
+    before, _, last = noun.rpartition(" ")
+    if last in _IRREGULAR:
+        return f"{before} {_IRREGULAR[last]}".strip()
     if re.search(r"(s|x|z|ch|sh)$", noun):
         return noun + "es"
     if re.search(r"[^aeiou]y$", noun):
@@ -88,14 +96,11 @@ def article(words: str) -> str:
 
 
 def _drawings(field: str) -> tuple[tuple[str, ...], ...]:
-    """Icon names for every style; one with entries of its own (`style:icon`, or `style:` for none) has only those."""
-    icons = [icon.rpartition(":") for icon in field.split()]
-    shared = tuple(icon for style, _, icon in icons if not style)
-    out = []
-    for style in STYLES:
-        own = [icon for named, _, icon in icons if named == style]
-        out.append(tuple(icon for icon in own if icon) if own else shared)
-    return tuple(out)
+    """Icon names for every style: those that name no style, and those that name it (`noto,twemoji:icon`)."""
+    entries = [entry.rpartition(":") for entry in field.split()]
+    return tuple(
+        tuple(icon for named, _, icon in entries if not named or style in named.split(",")) for style in STYLES
+    )
 
 
 def _parse(line: str, traits: frozenset[str]) -> Concept:

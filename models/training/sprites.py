@@ -97,7 +97,7 @@ def _draw(svg: str, side: int) -> Image.Image:
 
 
 def _render(icon: _Icon) -> bytes:
-    """The icon trimmed to what shows of it, centred in SIZE x SIZE, as lossy WebP with alpha."""
+    """The icon trimmed to what shows of it, centred in SIZE x SIZE, as WebP with alpha."""
     left, top, width, height = icon.box
     unit = max(width, height) / _PROBE
     square = (left - (max(width, height) - width) / 2, top - (max(width, height) - height) / 2)
@@ -107,9 +107,15 @@ def _render(icon: _Icon) -> bytes:
     last = np.array([columns[-1], rows[-1]]) + 1
     side = float((last - first).max()) * (1 + 2 * _MARGIN)
     x, y = ((first + last - side) / 2 * unit + np.array(square)).tolist()
-    out = io.BytesIO()
     picture = _draw(icon.svg((x, y, side * unit, side * unit)), SIZE)
-    picture.save(out, "WEBP", quality=_QUALITY, alpha_quality=90, method=6)
+    return min(
+        (_coded(picture, lossless) for lossless in (False, True)), key=len
+    )  # flat areas are smaller without loss
+
+
+def _coded(picture: Image.Image, lossless: bool) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "WEBP", lossless=lossless, quality=_QUALITY, alpha_quality=90, method=6)
     return out.getvalue()
 
 
@@ -124,25 +130,32 @@ def _sprites(concepts: Sequence[Concept]) -> list[tuple[str, str]]:
 
 
 def make_pack(data: Path, concepts: Sequence[Concept]) -> Path:
-    """Render every drawing of every concept into `data`/sprites.zip, unless it is there; return its path.
+    """Render every drawing of every concept into `data`/sprites.zip, keeping those already there; return its path.
 
     Raises KeyError where a package has no icon of the name that the table gives.
     """
     path = data / "sprites.zip"
     names = [f"{style}/{icon}.webp" for style, icon in _sprites(concepts)]
-    if path.exists() and set(names) <= set(zipfile.ZipFile(path).namelist()):
-        return path
+    kept: dict[str, bytes] = {}
+    if path.exists():
+        with zipfile.ZipFile(path) as pack:
+            kept = {name: pack.read(name) for name in set(names) & set(pack.namelist())}
+            if set(names) == set(pack.namelist()):
+                return path
     packages = {style: _icons(_archive(data, style)) for style in STYLES}
     for concept in concepts:
         for style, own in zip(STYLES, concept.drawings, strict=True):
             for icon in own:
                 if icon not in packages[style]:
                     raise KeyError(f"{concept.name}: {'-'.join(PACKAGES[style])} ({style}) has no icon {icon}")
-    icons = [packages[style][icon] for style, icon in _sprites(concepts)]
+    missing = [name for name in names if name not in kept]
+    icons = [packages[style][icon] for style, icon in _sprites(concepts) if f"{style}/{icon}.webp" not in kept]
+    with ProcessPoolExecutor(_PROCESSES) as pool:
+        kept |= zip(missing, pool.map(_render, icons, chunksize=16), strict=True)
     partial = path.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as pack, ProcessPoolExecutor(_PROCESSES) as pool:
-        for name, coded in zip(names, pool.map(_render, icons, chunksize=16), strict=True):
-            pack.writestr(name, coded)
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as pack:
+        for name in names:
+            pack.writestr(name, kept[name])
     partial.replace(path)
     return path
 
