@@ -21,6 +21,7 @@ examples:
   headstart models pull                            fetch what the default model needs
   headstart serve                                  serve it on http://127.0.0.1:8000
   headstart generate "a red fox" -o fox.png        draw one picture without a server
+  headstart eval --limit 100                       measure how well the default model draws
   headstart show fox.png                           print what a picture was drawn from
 """
 SERVE_HELP = """\
@@ -41,6 +42,20 @@ examples:
   headstart generate "a red fox" -o fox.png --seed 7
   headstart generate "a red fox" -o fox.png --n 4 --sampler lcm --steps 4
   headstart generate "a red fox" -o - --format jpeg > fox.jpg
+"""
+EVAL_HELP = """\
+Draws prompts in this process, judges the pictures with the scorer that comes with the model (with the
+default model's where it has none), and prints how many are right, prompt group by prompt group. Writes
+results.json and rows.jsonl, a line a picture, to the folder of --out; files that exist are overwritten.
+
+Prompts are JSON Lines of records that say what a picture should show, or plain text with a prompt a
+line, of which only the score can be told. docs/evaluation.md has the fields and the figures.
+
+examples:
+  headstart eval --limit 100                          the default model as it is served
+  headstart eval --sampler ddim --steps 50 --guidance 3 --out out/ddim-50
+  headstart eval --prompts mine.txt --sheet --pictures
+  headstart eval --metrics objects,relation --json
 """
 
 
@@ -87,6 +102,7 @@ def _parser() -> Parser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(subparsers)
     _add_generate(subparsers)
+    _add_eval(subparsers)
     _add_models(subparsers)
     _add_show(subparsers)
     return parser
@@ -126,14 +142,47 @@ def _add_generate(subparsers: Any) -> None:
     output.add_argument("--json", action="store_true", help="print on stdout what was drawn, as JSON")
     output.add_argument("--quiet", action="store_true", help="no progress on stderr")
     _add_settings(parser, ("model", "log"), but=("--lora",))
+    _add_lora(parser)
+    parser.set_defaults(run=commands.generate)
+
+
+def _add_lora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora",
         action="append",
         metavar="[NAME=]FILE[:SCALE]",
         default=[],
-        help="draw with a LoRA file, at scale 1 unless told otherwise; may be repeated",
+        help="draw with a LoRA file, or one that comes with the model by its name, at scale 1 unless told otherwise; "
+        "may be repeated",
     )
-    parser.set_defaults(run=commands.generate)
+
+
+def _add_eval(subparsers: Any) -> None:
+    parser = _described(subparsers.add_parser("eval", help="measure how well a model draws"), EVAL_HELP)
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="default: the bundle's eval/held-out.jsonl")
+    parser.add_argument("--limit", type=int, metavar="N", help="draw N prompts, spread evenly over the file")
+    parser.add_argument(
+        "--metrics",
+        metavar="NAME,...",
+        help="of score, objects, colours, relation, count, style, background, all, frechet; default: what FILE allows",
+    )
+    picture = parser.add_argument_group("pictures", "what is left out is the model's default")
+    picture.add_argument("--sampler", metavar="NAME", help="such as lcm, ddim, euler")
+    picture.add_argument("--steps", type=int, metavar="N", help="how many")
+    picture.add_argument("--guidance", type=float, metavar="SCALE", help="how closely to follow the prompt, 0 to 30")
+    picture.add_argument("--size", metavar="WxH", help="in pixels, such as 256x256")
+    picture.add_argument(
+        "--seed", type=int, default=0, help="a prompt without a seed gets this plus its line's number; default: 0"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, default=Path("out/eval"), metavar="DIR", help="default: %(default)s")
+    output.add_argument("--pictures", action="store_true", help="write every picture to DIR/pictures")
+    output.add_argument("--sheet", action="store_true", help="write DIR/sheet.png, the first 64 pictures")
+    output.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
+    output.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    _add_settings(parser, ("model", "engine", "log"), but=("--lora", "--max-waiting", "--ageing-s"))
+    _add_lora(parser)
+    parser.set_defaults(run=commands.evaluate)
 
 
 def _add_models(subparsers: Any) -> None:

@@ -8,9 +8,12 @@ import math
 import os
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from service.config import DEFAULTS, OPTIONS, LogSettings, Settings, load
+
+if TYPE_CHECKING:
+    from service.oneshot import Lora
 
 BEGUN = time.monotonic()
 LINE_S = 5.0  # between lines of progress
@@ -29,16 +32,24 @@ def serve(chosen: argparse.Namespace) -> int:
 def generate(chosen: argparse.Namespace) -> int:
     from service import logs, oneshot
 
-    loras = oneshot.parse_loras(chosen.lora)
-    if loras:
-        setattr(chosen, "model.loras", [f"{lora.name}={lora.file}" for lora in loras])
-    settings = _settings(chosen, Settings(log=LogSettings(level="warning")))
+    settings, loras = _with_loras(chosen)
     logs.setup(settings.log)
     output = oneshot.plan_output(chosen.output, chosen.format, chosen.quality, chosen.json)
     draft = oneshot.draft_of(chosen, loras)
     described = oneshot.generate(settings, draft, output, quiet=chosen.quiet)
     if chosen.json:
         print(json.dumps(described, ensure_ascii=False, indent=2))
+    return 0
+
+
+def evaluate(chosen: argparse.Namespace) -> int:
+    settings, loras = _with_loras(chosen)
+    from service import logs
+    from service.evaluation import command
+
+    logs.setup(settings.log)
+    results, table = command.run(chosen, settings, loras)
+    print(json.dumps(results, ensure_ascii=False, indent=2) if chosen.json else table)
     return 0
 
 
@@ -74,6 +85,20 @@ def show(chosen: argparse.Namespace) -> int:
     for key, value in recipe.parameters.items():
         print(f"{key}: {value}")
     return 0
+
+
+def _with_loras(chosen: argparse.Namespace) -> tuple[Settings, list[Lora]]:
+    """Settings of a command that draws and ends, and the LoRAs of its --lora flags.
+
+    A bare name that is no file is that of a LoRA that comes with the model.
+    """
+    from service import oneshot
+
+    loras = oneshot.parse_loras(chosen.lora)
+    files = [f"{lora.name}={lora.file}" for lora in loras if lora.name != lora.file or os.path.exists(lora.file)]
+    if files:
+        setattr(chosen, "model.loras", files)
+    return _settings(chosen, Settings(log=LogSettings(level="warning"))), loras
 
 
 def _settings(chosen: argparse.Namespace, defaults: Settings = DEFAULTS) -> Settings:
