@@ -111,8 +111,8 @@ def _named(name: str, *others: Sequence[str], usual: float) -> list[Option]:
 def _in_style(templates: Options, style: str) -> list[Option]:
     """The templates filled with every adjective of a style."""
     filled: list[Option] = []
-    for weight, template in templates:
-        for share, word in wordings.STYLE_WORDS[style]:
+    for weight, template, *_ in templates:
+        for share, word, *_ in wordings.STYLE_WORDS[style]:
             adjective = word.removeprefix("*")
             text = template.format(style=adjective, a=article(adjective))
             # Of templates and adjectives, at most one is unseen in one caption.
@@ -130,6 +130,16 @@ def _on_ground(options: Options) -> list[Option]:
     return filled
 
 
+def _own_colours(concepts: Sequence[Concept]) -> list[Options]:
+    """What each concept's natural colour may be called, where that does not name another concept ("green apple")."""
+    taken = {word for concept in concepts for word in concept.words}
+    rows: list[Options] = []
+    for concept in concepts:
+        colours = [colour for colour in concept.colours if taken.isdisjoint(f"{colour} {w}" for w in concept.words)]
+        rows.append([(0.85, ""), *((0.15 / len(colours), colour) for colour in colours)])
+    return rows
+
+
 class CaptionWriter:
     """Writes one random caption per scene; with `unseen`, starred wordings are used too."""
 
@@ -141,7 +151,9 @@ class CaptionWriter:
             return Choices(rows, phrases, tower.device, unseen)
 
         self._forms, self._places = Shares([_FORMS], tower.device), Shares(_STYLE_PLACES, tower.device)
-        self._lead = choices([wordings.LEAD, [(w, text, text) for w, text in wordings.TELEGRAM_LEAD], [(1, "", "")]])
+        self._lead = choices(
+            [wordings.LEAD, [(w, text, text) for w, text, *_ in wordings.TELEGRAM_LEAD], [(1, "", "")]]
+        )
         self._styled = {
             Slot.STYLE: choices([wordings.STYLE_WORDS[style] for style in STYLES]),
             Slot.LEAD: choices([_in_style(wordings.STYLED_LEAD, style) for style in STYLES]),
@@ -152,7 +164,7 @@ class CaptionWriter:
         self._filler, self._suffix = choices([wordings.FILLER]), choices([wordings.SUFFIX])
         self._sizes = choices([[(1, "")], wordings.SIZES["small"], wordings.SIZES["large"]])
         self._nouns = choices([self._words_for(concept) for concept in concepts])
-        self._own_colours = choices([[(0.85, ""), *((0.15 / len(c.colours), w) for w in c.colours)] for c in concepts])
+        self._own_colours = choices(_own_colours(concepts))
         self._tints = choices(
             [[(1, "")]]
             + [_named(t, wordings.TINT_WORDS.get(t, ()), wordings.UNSEEN_COLOURS.get(t, ()), usual=0.8) for t in TINTS]

@@ -68,8 +68,12 @@ class Choices:
 
 
 def _weights(row: Sequence[Option], unseen: bool) -> list[float]:
+    """Shares of a row's options; starred ones have half of it with `unseen`, else nothing."""
     starred = [any(text.startswith("*") for text in texts) for _, *texts in row]
-    total = {flag: sum(option[0] for option, is_ in zip(row, starred, strict=True) if is_ is flag) or 1.0
-             for flag in (False, True)}  # fmt: skip
-    share = {True: _UNSEEN_SHARE if unseen else 0.0, False: 1.0}
-    return [option[0] / total[flag] * share[flag] for option, flag in zip(row, starred, strict=True)]
+    share = _UNSEEN_SHARE if unseen and any(starred) else 0.0
+    totals = [
+        sum(option[0] for option, star in zip(row, starred, strict=True) if star is kept) for kept in (False, True)
+    ]
+    return [
+        option[0] / totals[star] * (share if star else 1 - share) for option, star in zip(row, starred, strict=True)
+    ]

@@ -7,7 +7,7 @@ starred options, among themselves.
 
 from collections.abc import Mapping, Sequence
 
-Option = tuple[float, *tuple[str, ...]]
+Option = tuple[float, str, *tuple[str, ...]]
 Options = Sequence[Option]
 
 # What opens a caption, before one thing and before several.
@@ -152,26 +152,27 @@ GROUND: Mapping[str, Options] = {
         (14, ",", "", "background"), (12, "with {a}", "", "background"), (4, "against {a}", "", "background"),
         (3, "on {a} plain", "", "background"), (2, "on {a} solid", "", "background"), (2, "on {a}", "", "backdrop"),
         (3, "in front of {a}", "", "background"),
-        (1, "*over {a}", "", "backdrop"), (1, "*set against plain", "", ""), (1, "*with everything behind in", "", ""),
+        (1, "*against {a}", "", "backdrop"), (1, "*set against plain", "", ""),
+        (1, "*with everything behind in", "", ""),
     ),
     "gradient": (
         (28, "on {a}", "to", "gradient"), (18, "on {a}", "to", "gradient background"), (8, ",", "to", "gradient"),
         (10, "with {a}", "to", "gradient background"), (10, "on a gradient from", "to", ""),
         (8, "on a gradient background from", "to", ""), (4, "on {a}", "and", "gradient"),
         (5, "with a gradient from", "to", ""), (3, "on a background fading from", "to", ""),
-        (1, "*over a blend from", "to", ""), (1, "*on a backdrop that turns from", "to", ""),
+        (1, "*against a blend from", "to", ""), (1, "*on a backdrop that turns from", "to", ""),
     ),
     "stripes": (
         (4, "on", "and", "stripes"), (4, "with", "and", "stripes"), (3, "on {a}", "and", "striped background"),
         (3, "on {a}", "background with", "stripes"), (2, "on a striped", "and", "background"),
         (2, "in front of", "and", "stripes"), (2, "with {a}", "and", "striped background"),
-        (2, "on", "with", "stripes"), (1, "*over", "and", "bands"), (1, "*on {a}", "backdrop striped in", ""),
+        (2, "on", "with", "stripes"), (1, "*against", "and", "bands"), (1, "*on {a}", "backdrop striped in", ""),
     ),
     "dots": (
         (4, "on {a}", "background with", "dots"), (3, "on", "with", "polka dots"),
         (3, "on {a}", "background with", "polka dots"), (2, "on", "with", "dots"),
         (2, "with {a}", "background and", "dots"), (2, "with {a}", "background and", "polka dots"),
-        (1, "*over", "dotted in", ""), (1, "*on {a}", "backdrop with", "spots"),
+        (1, "*against", "dotted in", ""), (1, "*on {a}", "backdrop with", "spots"),
     ),
     "sky and grass": (
         (4, "in a meadow under a blue sky"), (4, "on the grass"), (3, "in a meadow"), (3, "on grass under a blue sky"),
@@ -217,11 +218,12 @@ TELEGRAM_GROUND: Mapping[str, Options] = {
 }  # fmt: skip
 FRONT_GROUND: Mapping[str, Options] = {
     "plain": ((5, "on {a}", "", "background ,"), (4, "", "", "background ,")),
-    "gradient": ((3, "on {a}", "to", "gradient ,"), (2, "", "to", "gradient background ,"), (1, "", "to", "gradient ,")),
+    "gradient": ((3, "on {a}", "to", "gradient ,"), (2, "", "to", "gradient background ,"),
+                 (1, "", "to", "gradient ,")),
     "stripes": ((3, "on", "and", "stripes ,"), (2, "", "and", "stripes ,")),
     "dots": ((3, "on", "with", "dots ,"), (2, "", "background with", "polka dots ,")),
-    "sky and grass": ((2, "in a meadow under a blue sky ,"), (2, "on the grass ,"), (1, "in a meadow ,"), (1, "meadow ,"),
-                      (1, "grass and sky ,")),
+    "sky and grass": ((2, "in a meadow under a blue sky ,"), (2, "on the grass ,"), (1, "in a meadow ,"),
+                      (1, "meadow ,"), (1, "grass and sky ,")),
     "sea": ((2, "by the sea ,"), (1, "at sea ,"), (1, "sea ,"), (1, "ocean ,")),
     "night": ((3, "at night ,"), (2, "under a starry sky ,"), (1, "night sky ,"), (1, "night ,")),
     "sand": ((3, "on the beach ,"), (1, "on sand ,"), (1, "beach ,")),
