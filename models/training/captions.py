@@ -224,13 +224,13 @@ class CaptionWriter:
     def slots(self, scenes: Scenes) -> torch.Tensor:
         """Phrase ids [B, S], in reading order."""
         count = len(scenes)
-        drafts = self._draft(scenes[torch.arange(count, device=self._device).repeat_interleave(_ATTEMPTS)])
+        drafts = self.draft(scenes[torch.arange(count, device=self._device).repeat_interleave(_ATTEMPTS)])
         length = self._lengths[drafts].sum(1).view(count, _ATTEMPTS)
         fits = length <= LENGTH - 2
         best = torch.where(fits.any(1), fits.int().argmax(1), length.argmin(1))
         return drafts.view(count, _ATTEMPTS, len(Slot))[torch.arange(count, device=self._device), best]
 
-    def _draft(self, scenes: Scenes) -> torch.Tensor:
+    def draft(self, scenes: Scenes) -> torch.Tensor:
         """One wording of each scene, of any length; the last of every few is in telegram style."""
         count = len(scenes)
         form = self._forms.draw(self._zeros(count))

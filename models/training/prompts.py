@@ -38,7 +38,7 @@ HELD_OUT = {
 SYNONYMS, PHRASINGS, TWINS = "synonyms", "phrasings", "twins"
 PARAPHRASES = 50  # prompts in each of the two
 _SIZES = (None, "small", "large")
-_CANDIDATES = 4000
+_CANDIDATES = 2000
 _NAMES = ("concept", "count", "tint", "size", "relation", "style", "ground", "top", "bottom", "styled", "named")
 
 

@@ -152,7 +152,7 @@ GROUND: Mapping[str, Options] = {
         (14, ",", "", "background"), (12, "with {a}", "", "background"), (4, "against {a}", "", "background"),
         (3, "on {a} plain", "", "background"), (2, "on {a} solid", "", "background"), (2, "on {a}", "", "backdrop"),
         (3, "in front of {a}", "", "background"),
-        (1, "*against {a}", "", "backdrop"), (1, "*set against plain", "", ""),
+        (1, "*in front of {a} plain", "", "backdrop"), (1, "*set against plain", "", ""),
         (1, "*with everything behind in", "", ""),
     ),
     "gradient": (
@@ -166,13 +166,13 @@ GROUND: Mapping[str, Options] = {
         (4, "on", "and", "stripes"), (4, "with", "and", "stripes"), (3, "on {a}", "and", "striped background"),
         (3, "on {a}", "background with", "stripes"), (2, "on a striped", "and", "background"),
         (2, "in front of", "and", "stripes"), (2, "with {a}", "and", "striped background"),
-        (2, "on", "with", "stripes"), (1, "*against", "and", "bands"), (1, "*on {a}", "backdrop striped in", ""),
+        (2, "on", "with", "stripes"), (1, "*against", "and", "bands"), (1, "on {a}", "*backdrop striped in", ""),
     ),
     "dots": (
         (4, "on {a}", "background with", "dots"), (3, "on", "with", "polka dots"),
         (3, "on {a}", "background with", "polka dots"), (2, "on", "with", "dots"),
         (2, "with {a}", "background and", "dots"), (2, "with {a}", "background and", "polka dots"),
-        (1, "*against", "dotted in", ""), (1, "*on {a}", "backdrop with", "spots"),
+        (1, "*against", "dotted in", ""), (1, "on {a}", "*backdrop with", "spots"),
     ),
     "sky and grass": (
         (4, "in a meadow under a blue sky"), (4, "on the grass"), (3, "in a meadow"), (3, "on grass under a blue sky"),
