@@ -52,14 +52,14 @@ def records(stage: Stage, writer: CaptionWriter, seed: int) -> list[Record]:
         out: list[Record] = []
         for group, (kind, count) in HELD_OUT.items():
             scenes = stage.sample_held_out(count, kind)
-            out += _numbered(group, scenes, describe(scenes, stage.concepts), stage, len(out))
+            out += records_of(group, scenes, describe(scenes, stage.concepts), stage, len(out))
         twins: list[Record] = []
         for group, (scenes, prompts) in (
             (SYNONYMS, _synonyms(stage)),
             (PHRASINGS, _phrasings(stage, writer)),
         ):
-            paraphrased = _numbered(group, scenes, prompts, stage, len(out))
-            plain = _numbered(TWINS, scenes, describe(scenes, stage.concepts), stage, len(out))
+            paraphrased = records_of(group, scenes, prompts, stage, len(out))
+            plain = records_of(TWINS, scenes, describe(scenes, stage.concepts), stage, len(out))
             for one, twin in zip(paraphrased, plain, strict=True):
                 twin["id"] = one["twin"] = f"{one['id']}-twin"
                 twin["twin"] = one["id"]
@@ -68,7 +68,7 @@ def records(stage: Stage, writer: CaptionWriter, seed: int) -> list[Record]:
     return out + twins
 
 
-def _numbered(group: str, scenes: Scenes, prompts: Sequence[str], stage: Stage, start: int) -> list[Record]:
+def records_of(group: str, scenes: Scenes, prompts: Sequence[str], stage: Stage, start: int) -> list[Record]:
     """Records of scenes and their prompts; seeds count on from `start`."""
     columns = zip(*(getattr(scenes, name).tolist() for name in _NAMES), prompts, strict=True)
     out: list[Record] = []
