@@ -31,8 +31,9 @@ class Atlas:
         sides = [side >> level for level in range(_LEVELS)]
         below = [0, 0, *(sum(part + 2 for part in sides[1:level]) for level in range(2, _LEVELS))]
         across = [0, *([side + 2] * (_LEVELS - 1))]
-        self._width, self._height = side + 2 + sides[1] + 2, max(side + 2, below[-1] + sides[-1] + 2)
-        self._texels = torch.zeros(rows, 4, self._height, self._width, dtype=torch.uint8, device=device)
+        width, height = side + 2 + sides[1] + 2, max(side + 2, below[-1] + sides[-1] + 2)
+        self._texels = torch.zeros(rows, 4, height, width, dtype=torch.uint8, device=device)
+        self._span = torch.tensor([width - 1.0, height - 1.0], device=device)
         self._sides = torch.tensor(sides, dtype=torch.float32, device=device)
         self._corners = torch.tensor([across, below], dtype=torch.float32, device=device).T
         self.knee = torch.empty(rows, device=device)
@@ -41,13 +42,13 @@ class Atlas:
             part = slice(start, start + _PART)
             colour = pixels[part].to(device).permute(0, 3, 1, 2).float() / 255
             alpha = colour[:, 3:]
-            self.knee[part] = _knee(colour[:, :3], alpha)
             self.extent[part] = _extent(alpha[:, 0] >= _OPAQUE)
             level = torch.cat([colour[:, :3] * alpha, alpha], 1)
             for x, y, length in zip(across, below, sides, strict=True):
                 window = self._texels[part, :, y + 1 : y + 1 + length, x + 1 : x + 1 + length]
                 window.copy_((level * 255).round())
                 level = F.avg_pool2d(level, 2)
+            self.knee[part] = _knee(level)
 
     def draw(
         self, row: torch.Tensor, place: torch.Tensor, turn: torch.Tensor, mirror: torch.Tensor, side: int
@@ -70,22 +71,22 @@ class Atlas:
         offset = -(linear @ torch.stack([x, y], 1)[..., None])[..., 0]
         offset = torch.where(absent[:, None], math.inf, offset)
         # Sprite (u, v) to texels of its level, to the atlas' own [-1, 1]; clamping ends in the clear border.
-        extent = torch.tensor([self._width - 1, self._height - 1], device=row.device)
-        unit = length[:, None] / extent
-        middle = 2 * (corner + (length[:, None] + 1) / 2) / extent - 1
-        low, high = 2 * corner / extent - 1, 2 * (corner + length[:, None] + 1) / extent - 1
+        unit = length[:, None] / self._span
+        middle = 2 * (corner + (length[:, None] + 1) / 2) / self._span - 1
+        low, high = 2 * corner / self._span - 1, 2 * (corner + length[:, None] + 1) / self._span - 1
         theta = torch.cat([linear * unit[..., None], (offset * unit + middle)[..., None]], 2)
         grid = F.affine_grid(theta.nan_to_num(posinf=4.0), [len(row), 4, side, side], align_corners=False)
         grid = torch.minimum(torch.maximum(grid, low[:, None, None]), high[:, None, None])
         return F.grid_sample(self._texels[row].float(), grid, align_corners=True) / 255
 
 
-def _knee(colour: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """The mean brightness of the brighter half of each sprite's opaque pixels, [R]."""
-    value = brightness(colour)
-    mean = (value * alpha).sum((1, 2, 3)) / alpha.sum((1, 2, 3)).clamp(min=1)
-    weight = alpha * (value >= mean[:, None, None, None])
-    return ((value * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1)).clamp(0.15, 0.92)
+def _knee(sprite: torch.Tensor) -> torch.Tensor:
+    """The median brightness of premultiplied sprites [R, 4, side, side], clear parts left out, [R]."""
+    alpha = sprite[:, 3].flatten(1)
+    value, order = (brightness(sprite[:, :3])[:, 0].flatten(1) / alpha.clamp(min=1e-3)).sort(1)
+    below = alpha.gather(1, order).cumsum(1)
+    middle = (below < below[:, -1:] / 2).sum(1, keepdim=True).clamp(max=value.shape[1] - 1)
+    return value.gather(1, middle)[:, 0].clamp(0.15, 0.98)
 
 
 def _extent(opaque: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,9 @@ class Grounds:
 
         coloured = (ground < COLOURED)[:, None]
         marked = ((ground == STRIPES) | (ground == DOTS))[:, None]
-        sky = torch.lerp(self._skies[ground, 0], self._skies[ground, 1], chance[:, :1, None])
+        # Near one mood or the other: halfway between, complementary colours would be gray.
+        blend = torch.where(chance[:, 0] < 0.5, 0.4 * chance[:, 0], 0.6 + 0.4 * chance[:, 0])[:, None, None]
+        sky = torch.lerp(self._skies[ground, 0], self._skies[ground, 1], blend)
         high = torch.where(coloured, top, sky[:, 0])
         low = torch.where(coloured, torch.where(marked, top, bottom), sky[:, 1])
         picture = torch.lerp(high[..., None, None], low[..., None, None], (y[:, None] + 1) / 2).repeat(1, 1, 1, side)
@@ -110,7 +112,7 @@ class Grounds:
             angle = math.pi * waves * x + 2 * math.pi * (phase + 0.37 * band)
             wave = torch.where(scalloped > 0, 1 - 2 * (angle / 2).sin().abs(), angle.sin())
             edge = height + 0.1 * (shade - 0.5) * (amplitude > 0) + amplitude * wave
-            tone = 0.94 + 0.1 * chance[:, 4:5] + 0.0 * chance[:, :1]
+            tone = 0.94 + 0.1 * chance[:, 4:5]
             picture = over(picture, inside(y - edge), self._land[ground, band] * tone)
         mark = torch.where(marked, bottom, self._marks[ground])
         return over(picture, marks, mark)

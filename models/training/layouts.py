@@ -12,7 +12,8 @@ AND, LEFT, RIGHT, ABOVE, BELOW, BEHIND, IN_FRONT, ON = range(len(RELATIONS))
 SMALL, LARGE = 1, 2
 
 _FACTORS = (1.0, 0.6, 1.4)  # of the usual scale: unsaid, SMALL, LARGE
-_BESIDE_LARGE = 0.8  # of the usual scale: both objects, where one is LARGE, so that the two still fit
+_BESIDE_LARGE = (0.8, 0.6, 1.12)  # the same where one of two is LARGE, so that both still fit
+_LIFT, _SHRINK = 1.1, 0.86  # of one object above another, for a clear gap: it does not stand on it
 _ALONE = 0.64
 
 Place = tuple[float, float, float]
@@ -45,8 +46,8 @@ _GROUPS: dict[int, tuple[tuple[Place, ...], ...]] = {
     ),
     5: (
         _at(0.31, (-0.6, -0.6), (0.6, -0.6), (0, 0), (-0.6, 0.6), (0.6, 0.6)),
-        _at(0.31, (-0.35, -0.37), (0.35, -0.37), (-0.66, 0.37), (0, 0.37), (0.66, 0.37)),
-        _at(0.31, (-0.66, -0.37), (0, -0.37), (0.66, -0.37), (-0.35, 0.37), (0.35, 0.37)),
+        _at(0.29, (-0.35, -0.37), (0.35, -0.37), (-0.66, 0.37), (0, 0.37), (0.66, 0.37)),
+        _at(0.29, (-0.66, -0.37), (0, -0.37), (0.66, -0.37), (-0.35, 0.37), (0.35, 0.37)),
     ),
 }
 
@@ -57,10 +58,10 @@ _PAIRS: dict[tuple[int, int], tuple[tuple[Place, ...], ...]] = {
         _at(0.42, (-0.5, -0.46), (-0.5, 0.46), (0.5, 0)),
         _at(0.29, (-0.69, 0), (-0.08, 0), (0.68, 0)),
     ),
-    (3, 1): (_at(0.3, (-0.69, 0.34), (-0.06, 0.34), (-0.38, -0.32), (0.64, 0)),),
-    (4, 1): (_at(0.3, (-0.69, -0.34), (-0.06, -0.34), (-0.69, 0.34), (-0.06, 0.34), (0.66, 0)),),
+    (3, 1): (_at(0.28, (-0.69, 0.34), (-0.06, 0.34), (-0.38, -0.32), (0.64, 0)),),
+    (4, 1): (_at(0.28, (-0.69, -0.34), (-0.06, -0.34), (-0.69, 0.34), (-0.06, 0.34), (0.66, 0)),),
     (2, 2): (_at(0.4, (-0.5, -0.45), (-0.5, 0.45), (0.5, -0.45), (0.5, 0.45)),),
-    (3, 2): (_at(0.3, (-0.69, 0.34), (-0.06, 0.34), (-0.38, -0.32), (0.65, -0.36), (0.65, 0.36)),),
+    (3, 2): (_at(0.28, (-0.69, 0.34), (-0.06, 0.34), (-0.38, -0.32), (0.65, -0.36), (0.65, 0.36)),),
 }
 _VARIANTS = 4
 
@@ -94,7 +95,7 @@ class Layouts:
 
     def __init__(self, device: torch.device) -> None:
         self._table = torch.tensor(_table(), device=device)
-        self._factors = torch.tensor(_FACTORS, device=device)
+        self._factors = torch.tensor([_FACTORS, _BESIDE_LARGE], device=device)
 
     def places(
         self,
@@ -122,14 +123,15 @@ class Layouts:
         reversed_ = (relation == RIGHT) | (relation == BELOW)
         sign = torch.where(reversed_, -1.0, 1.0)[:, None]
         x, y = torch.where(turned[:, None], y, x * sign), torch.where(turned[:, None], x * sign, y)
+        stacked = (turned & (count.sum(1) == 2))[:, None]
+        y, scale = torch.where(stacked, y * _LIFT, y), torch.where(stacked, scale * _SHRINK, scale)
 
         alone = (count.sum(1) == 1)[:, None]
         several = (count.sum(1) > 2)[:, None]
         slots = torch.arange(PLACEMENTS, device=device)
         group = (slots >= count[:, :1]).long()
-        factor = self._factors[size].gather(1, group)
-        beside = ((size == LARGE).any(1) & (count[:, 1] > 0))[:, None]
-        factor = torch.where(beside, factor * _BESIDE_LARGE, factor)
+        beside = (size == LARGE).any(1, keepdim=True) & (count[:, 1:] > 0)
+        factor = self._factors[beside.long(), size].gather(1, group)
         factor = torch.where(several | (~alone & (count[:, 1:] == 0)), factor.clamp(max=1), factor)
         scale = scale * factor * (1 + torch.where(alone, 0.08, 0.04) * spread(1))
         x = x + spread(PLACEMENTS) * torch.where(alone, 0.1, 0.025)
@@ -160,20 +162,16 @@ class Layouts:
         spread: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The first two places moved together for BEHIND, IN_FRONT and ON."""
-        deep = (relation == BEHIND) | (relation == IN_FRONT)
-        on = relation == ON
-        near = (relation == IN_FRONT).long()  # which of the two stands nearer; BEHIND: the second
-        first, second = scale[:, 0], scale[:, 1]
+        on, front = relation == ON, relation == IN_FRONT
+        deep = front | (relation == BEHIND)
 
         # In depth: the farther object higher, to one side, about a third of its square covered.
-        far_scale, near_scale = 0.56 * factor[:, 0], 0.5 * factor[:, 1]
-        far_scale = torch.where(near == 1, 0.5 * factor[:, 0], far_scale)
-        near_scale = torch.where(near == 1, 0.56 * factor[:, 1], near_scale)
-        reach = far_scale + near_scale
-        side = torch.where(spread[:, 0] < 0, -1.0, 1.0) * (0.25 + 0.03 * spread[:, 1]) * reach
-        lift = torch.where(near == 1, -1.0, 1.0) * (0.17 + 0.02 * spread[:, 2]) * reach
-        deep_x, deep_y = torch.stack([-side, side], 1), torch.stack([-lift, lift], 1)
-        deep_scale = torch.stack([far_scale, near_scale], 1)
+        nearer = torch.stack([front, ~front], 1)
+        deep_scale = torch.where(nearer, 0.5, 0.56) * factor[:, :2]
+        reach = deep_scale.sum(1, keepdim=True)
+        side = torch.where(spread[:, :1] < 0, -1.0, 1.0) * (0.21 + 0.03 * spread[:, 1:2]) * reach
+        deep_x = torch.cat([-side, side], 1)
+        deep_y = torch.where(nearer, 1.0, -1.0) * (0.14 + 0.02 * spread[:, 2:3]) * reach
 
         # One on the other: the first's feet sink a little into the second's top, and the two are centred as one.
         upper, lower = 0.38 * factor[:, 0], 0.48 * factor[:, 1]
@@ -189,5 +187,4 @@ class Layouts:
             two = torch.where(on[:, None], stacked, torch.where(deep[:, None], in_depth, usual[:, :2]))
             return torch.cat([two, usual[:, 2:]], 1)
 
-        del first, second
         return chosen(x, deep_x, on_x), chosen(y, deep_y, on_y), chosen(scale, deep_scale, on_scale)

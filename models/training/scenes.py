@@ -102,6 +102,8 @@ class Stage:
         self._rows, self._counts = pack.rows.to(device), pack.counts.to(device)
         self._ramps = ramps(device)
         self._flips = torch.tensor([concept.flips for concept in concepts], device=device)
+        self._kind_ends, self._relation_ends = self._ends(_KIND_SHARES), self._ends(_RELATION_SHARES)
+        self._ground_ends, self._coloured_ends = self._ends(_GROUND_SHARES), self._ends(_GROUND_SHARES[:COLOURED])
         self._mixtures = torch.tensor(_MIXTURES, device=device)
         self._contrast = torch.cdist(self.colours, self.colours) >= _CONTRAST
 
@@ -129,9 +131,12 @@ class Stage:
     def _chance(self, probability: float, *shape: int) -> torch.Tensor:
         return torch.rand(shape, device=self.device) < probability
 
-    def _share(self, shares: Sequence[float], count: int) -> torch.Tensor:
-        """Indices [`count`], drawn with these shares."""
-        ends = torch.tensor(shares, device=self.device).cumsum(0)[:-1]
+    def _ends(self, shares: Sequence[float]) -> torch.Tensor:
+        """Where each share of the whole ends, the last left out, as `_draw` takes them."""
+        return torch.tensor(shares, device=self.device).cumsum(0)[:-1] / sum(shares)
+
+    def _draw(self, ends: torch.Tensor, count: int) -> torch.Tensor:
+        """Indices [`count`] with the shares behind `ends`."""
         return torch.bucketize(torch.rand(count, device=self.device), ends)
 
     def _pick(self, mask: torch.Tensor) -> torch.Tensor:
@@ -144,7 +149,7 @@ class Stage:
 
     def sample(self, count: int) -> Scenes:
         """Random training scenes, none of which shows anything held out."""
-        kind = self._share(_KIND_SHARES, count)
+        kind = self._draw(self._kind_ends, count)
         anyone = self.drawn.any(1)
         first = self._pick(torch.where((kind == RECOLOURED)[:, None], self._tintable & anyone, anyone))
         styled = self._chance(_STYLED, count) | ~self.drawn[first, 0]
@@ -204,7 +209,7 @@ class Stage:
         size = torch.where(said, torch.randint(SMALL, LARGE + 1, (count, 2), device=self.device), 0)
         size[:, 1] = torch.where(size[:, 1] == size[:, 0], 0, size[:, 1])
 
-        relation = self._share(_RELATION_SHARES, count)
+        relation = self._draw(self._relation_ends, count)
         relation = torch.where(mixed & ((relation >= BEHIND) | self._chance(0.4, count)), AND, relation)
         return numbers, size, torch.where(pair | mixed, relation, AND)
 
@@ -212,8 +217,7 @@ class Stage:
         self, allowed: torch.Tensor, named: torch.Tensor, top: torch.Tensor, coloured: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ground, top and bottom, [B] each: `top` [B] where the ground bears colours, with another `allowed` [B, C]."""
-        shares = _GROUND_SHARES[:COLOURED] if coloured else _GROUND_SHARES
-        ground = self._share([share / sum(shares) for share in shares], len(top))
+        ground = self._draw(self._coloured_ends if coloured else self._ground_ends, len(top))
         others = allowed & self._contrast[top]
         two = (ground == GRADIENT) | (ground == STRIPES) | (ground == DOTS)
         ground = torch.where(named & ~(two & ~others.any(1)), ground, PLAIN)

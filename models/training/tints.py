@@ -18,6 +18,7 @@ RAMPS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, in
     "pink": ((116, 24, 74), (248, 130, 186), (255, 224, 240)),
     "gray": ((38, 38, 42), (140, 140, 146), (228, 228, 232)),
 }
+_LIGHTEST = 0.3  # how far above the typical brightness the light colour is reached, at least
 _NATURAL = ((0, 0, 0), (0, 0, 0), (0, 0, 0))
 
 
@@ -41,6 +42,6 @@ def recolour(colour: torch.Tensor, alpha: torch.Tensor, knee: torch.Tensor, ramp
     knee = knee[:, None, None, None]
     value = brightness(colour)
     shade = torch.minimum(value / knee, alpha)
-    light = (value - knee * alpha).clamp(min=0) / (1 - knee)
+    light = (value - knee * alpha).clamp(min=0) / (1 - knee).clamp(min=_LIGHTEST)
     dark, middle, bright = ramp[:, :, :, None, None].unbind(1)
     return dark * alpha + (middle - dark) * shade + (bright - middle) * light
