@@ -1,7 +1,8 @@
-"""Sampling on the training machine: DDIM with guidance, and LCM; both as diffusers' schedulers do it."""
+"""Sampling on the training machine: DDIM with guidance, LCM and consistency models; all as they are served."""
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -9,16 +10,19 @@ from torch import nn
 
 from models.training.compiled import Compiled
 from models.training.distributed import Ranks
+from models.training.forms import Form, edm_form, lcm_form
 from models.training.networks import LATENT_CHANNELS
-from models.training.schedule import STEPS, alphas_cumprod, from_velocity, per_row, trailing
+from models.training.schedule import STEPS, NoiseLevels, alphas_cumprod, from_velocity, per_row, trailing
 
 ORIGINAL_STEPS = 50
 STRIDE = STEPS // ORIGINAL_STEPS
-_SIGMA_DATA, _TIMESTEP_SCALING = 0.5, 10.0
 
 
 class Velocity(nn.Module):
-    """A frozen UNet's float32 velocity; one more argument [B, width] embeds the guidance of a student."""
+    """A UNet's float32 velocity; one more argument [B, width] embeds the guidance of a student.
+
+    Timesteps [B] are float32 wherever velocities are asked for, so that all samplers share one compiled graph.
+    """
 
     def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
         super().__init__()
@@ -39,19 +43,54 @@ class FixedBatch:
     A function that is not compiled gets the last chunk as it is.
     """
 
-    def __init__(self, function: Compiled, batch: int) -> None:
+    def __init__(self, function: Callable[..., torch.Tensor], batch: int) -> None:
         self._function = function
         self._batch = batch
+        self._pads = isinstance(function, Compiled) and function.compiles
 
     @torch.no_grad()
     def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
         out = []
         for parts in zip(*(argument.split(self._batch) for argument in arguments), strict=True):
             count = len(parts[0])
-            padding = self._batch - count if self._function.compiles else 0
+            padding = self._batch - count if self._pads else 0
             padded = [torch.cat([p, p[:1].expand(padding, *p.shape[1:])]).contiguous() for p in parts]
             out.append(self._function(*padded)[:count])
         return torch.cat(out)
+
+
+def predictor(unet: UNet2DConditionModel, name: str, batch: int, ranks: Ranks) -> FixedBatch:
+    """The UNet's velocity without gradients, compiled for `batch` rows as `name`."""
+    return FixedBatch(Compiled(Velocity(unet, ranks.dtype), name, ranks), batch)
+
+
+def guided(
+    predict: FixedBatch,
+    noisy: torch.Tensor,
+    timestep: torch.Tensor,
+    states: torch.Tensor,
+    null: torch.Tensor,
+    omega: torch.Tensor,
+) -> torch.Tensor:
+    """Velocity [B, 4, h, h] with classifier-free guidance of scale 1 + omega [B] (Ho & Salimans 2022, equation 6).
+
+    `null`: text states [1, LENGTH, width] of the empty prompt. Asks `predict` for 2 B rows at once.
+    """
+    both = torch.cat([null.expand_as(states), states])
+    without, with_text = predict(torch.cat([noisy, noisy]), torch.cat([timestep, timestep]), both).chunk(2)
+    return with_text + per_row(omega) * (with_text - without)
+
+
+def consistent(
+    predict: FixedBatch,
+    form: Form,
+    x: torch.Tensor,
+    timestep: torch.Tensor,
+    states: torch.Tensor,
+    *guidance: torch.Tensor,
+) -> torch.Tensor:
+    """The consistency function f(x, t) [B, 4, h, h]; `guidance`: the embedding, of students that take one."""
+    return form.value(predict(form.seen(x), timestep, states, *guidance), x)
 
 
 def guidance_embedding(omega: torch.Tensor, width: int) -> torch.Tensor:
@@ -62,28 +101,15 @@ def guidance_embedding(omega: torch.Tensor, width: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-def boundary(timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(c_skip, c_out) of LCMScheduler, each [B, 1, 1, 1]."""
-    scaled = timestep.float() * _TIMESTEP_SCALING
-    power = scaled.square() + _SIGMA_DATA**2
-    return per_row(_SIGMA_DATA**2 / power), per_row(scaled / power.sqrt())
-
-
-def consistency(v: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """The consistency function f = c_skip x + c_out x0 (Luo et al. 2023, equation 9)."""
-    skip, out = boundary(timestep)
-    return skip * noisy + out * from_velocity(v, noisy, alpha)[0]
-
-
 def lcm_timesteps(steps: int) -> list[int]:
     """LCMScheduler's timesteps out of ORIGINAL_STEPS, noisiest first."""
     origin = [STRIDE * (ORIGINAL_STEPS - i) - 1 for i in range(ORIGINAL_STEPS)]
     return [origin[math.floor(i * ORIGINAL_STEPS / steps)] for i in range(steps)]
 
 
-def start_noise(count: int, side: int, seed: int, ranks: Ranks) -> torch.Tensor:
-    """Seeded noise [B, 4, side, side], drawn on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
+def start_noise(count: int, side: int, seed: int, ranks: Ranks, row: int = 0) -> torch.Tensor:
+    """Seeded noise [B, 4, side, side] of a sampler's row, drawn on the CPU."""
+    generator = torch.Generator().manual_seed(seed + 7919 * row)
     return torch.randn(count, LATENT_CHANNELS, side, side, generator=generator).to(ranks.device)
 
 
@@ -98,19 +124,25 @@ def sample_ddim(
     guidance: float,
     seed: int,
     steps: int = 50,
+    start: torch.Tensor | None = None,
+    first: int = 0,
+    stop: int | None = None,
 ) -> torch.Tensor:
-    """Latents [B, 4, side, side] by DDIM (Song et al. 2021, eta 0) with classifier-free guidance."""
+    """Latents [B, 4, side, side] by DDIM (Song et al. 2021, eta 0) with classifier-free guidance.
+
+    Args:
+        start: latents on their way as row `first` takes them, in place of noise.
+        first, stop: the rows to run, of `steps`: what stops at row K can be the start of another run at row K.
+    """
     alphas = torch.cat([alphas_cumprod(ranks.device), torch.ones(1, device=ranks.device)])
-    x = start_noise(len(states), side, seed, ranks)
-    both = torch.cat([null.expand_as(states), states])
-    times = [*trailing(steps), STEPS]  # index STEPS holds alpha 1: set_alpha_to_one
-    for now, after in itertools.pairwise(times):
-        timestep = torch.full((len(x),), now, device=ranks.device)
-        without, with_text = predict(torch.cat([x, x]), torch.cat([timestep, timestep]), both).chunk(2)
-        v = without + guidance * (with_text - without)
-        denoised, noise = from_velocity(v, x, alphas[timestep])
-        alpha = alphas[after]
-        x = alpha.sqrt() * denoised + (1 - alpha).sqrt() * noise
+    x = start_noise(len(states), side, seed, ranks) if start is None else start
+    omega = torch.full((len(x),), guidance - 1, device=ranks.device)
+    pairs = itertools.pairwise([*trailing(steps), STEPS])  # index STEPS holds alpha 1: set_alpha_to_one
+    for now, after in itertools.islice(pairs, first, stop):
+        timestep = torch.full((len(x),), float(now), device=ranks.device)
+        v = guided(predict, x, timestep, states, null, omega)
+        denoised, noise = from_velocity(v, x, alphas[now].expand(len(x)))
+        x = alphas[after].sqrt() * denoised + (1 - alphas[after]).sqrt() * noise
     return x
 
 
@@ -121,22 +153,43 @@ def sample_lcm(
     side: int,
     ranks: Ranks,
     *,
-    guidance: float,
+    guidance: float | None,
     guidance_width: int,
     seed: int,
     steps: int,
 ) -> torch.Tensor:
-    """Latents [B, 4, side, side] by multistep consistency sampling (Luo et al. 2023, algorithm 3)."""
+    """Latents [B, 4, side, side] by multistep consistency sampling (Luo et al. 2023, algorithm 3).
+
+    `guidance` None: the student has its guidance distilled in, as an LCM-LoRA has, and takes no embedding.
+    """
     alphas = alphas_cumprod(ranks.device)
     x = start_noise(len(states), side, seed, ranks)
-    omega = torch.full((len(x),), guidance - 1, device=ranks.device)
-    embedding = guidance_embedding(omega, guidance_width).to(ranks.dtype)
-    times = lcm_timesteps(steps)
-    for index, now in enumerate(times):
-        timestep = torch.full((len(x),), now, device=ranks.device)
-        x = consistency(predict(x, timestep, states, embedding), x, timestep, alphas[timestep])
-        if index + 1 < steps:
-            alpha = alphas[times[index + 1]]
-            noise = start_noise(len(x), side, seed + 7919 * (index + 1), ranks)
-            x = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
+    embedding: tuple[torch.Tensor, ...] = ()
+    if guidance is not None:
+        omega = torch.full((len(x),), guidance - 1, device=ranks.device)
+        embedding = (guidance_embedding(omega, guidance_width).to(ranks.dtype),)
+    for row, now in enumerate(lcm_timesteps(steps)):
+        alpha = alphas[now].expand(len(x))
+        if row:
+            x = per_row(alpha).sqrt() * x + per_row(1 - alpha).sqrt() * start_noise(len(x), side, seed, ranks, row)
+        timestep = torch.full((len(x),), float(now), device=ranks.device)
+        x = consistent(predict, lcm_form(timestep, alpha), x, timestep, states, *embedding)
+    return x
+
+
+@torch.no_grad()
+def sample_consistency(
+    predict: FixedBatch, states: torch.Tensor, side: int, ranks: Ranks, *, sigmas: Sequence[float], seed: int
+) -> torch.Tensor:
+    """Latents [B, 4, side, side] by multistep consistency sampling (Song et al. 2023, algorithm 1).
+
+    `sigmas`: the time points, one a step, falling from SIGMA_MAX.
+    """
+    levels = NoiseLevels(ranks.device)
+    x = torch.zeros(len(states), LATENT_CHANNELS, side, side, device=ranks.device)
+    for row, sigma in enumerate(sigmas):
+        scale = sigma if row == 0 else math.sqrt(sigma**2 - levels.low**2)
+        x = x + scale * start_noise(len(x), side, seed, ranks, row)
+        rows = torch.full((len(x),), sigma, device=ranks.device)
+        x = consistent(predict, edm_form(rows, levels.low), x, levels.timestep(rows), states)
     return x
