@@ -38,7 +38,7 @@ class Sizes:
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: object) -> Self:
         """Sizes from JSON. Raises ModelError, which begins with `where`."""
-        kept = {}
+        kept: dict[str, Any] = {}
         for field in fields(cls):
             value = values.get(field.name)
             listed = value if field.name == "stem" and isinstance(value, list) else [value]
@@ -87,7 +87,7 @@ class Vocabulary:
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: object) -> Self:
         """A vocabulary from JSON. Raises ModelError, which begins with `where`."""
-        lists = {}
+        lists: dict[str, tuple[str, ...]] = {}
         for field in fields(cls):
             words = values.get(field.name)
             if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from models.errors import ModelError
 
@@ -37,15 +37,12 @@ class Statistics:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what `save` wrote. Raises ModelError if it is missing, damaged or something else."""
-        from safetensors import safe_open
-
         if not path.is_file():
             raise ModelError(f"{path} is missing")
         try:
-            tensors = load_file(path)
             with safe_open(path, framework="pt") as file:
                 count = int((file.metadata() or {})["count"])
-            mean, covariance = tensors["mean"].double(), tensors["covariance"].double()
+                mean, covariance = (file.get_tensor(name).double() for name in ("mean", "covariance"))
         except (SafetensorError, OSError, KeyError, ValueError):
             raise ModelError(
                 f"{path} holds no feature statistics (mean, covariance and count), or is damaged"
@@ -58,7 +55,7 @@ class Statistics:
 def frechet(ours: torch.Tensor | Statistics, theirs: torch.Tensor | Statistics) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), of features [N, F] or their statistics.
 
-    The square root's trace is the sum of the square roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric.
+    The trace of the square root is the sum of the square roots of the eigenvalues of C1^(1/2) C2 C1^(1/2).
     The distance of few pictures is biased upwards: compare only figures of equally many.
     """
     a, b = (side if isinstance(side, Statistics) else Statistics.of(side) for side in (ours, theirs))

@@ -34,24 +34,17 @@ class Measures(NamedTuple):
     bottom: list[int]
 
 
-class Verdicts(NamedTuple):
-    """A list per metric with an entry per record; None where the record does not say.
+METRICS = ("objects", "colours", "relation", "count", "style", "background", "all")
+Verdicts = dict[str, list[bool | None]]
+"""A list per metric with an entry per record; None where the record does not say.
 
-    objects: every named concept is there and has more objects than any that is not named, of which there are none.
-    colours: every named colour prevails over the patches of its object.
-    relation: the first stands to the second as named; "and" says nothing of it.
-    count: there are as many of each as named; None if a record names single objects only.
-    style, background: as named, the background with its colours.
-    all: none of these is false, and single objects are single.
-    """
-
-    objects: list[bool]
-    colours: list[bool | None]
-    relation: list[bool | None]
-    count: list[bool | None]
-    style: list[bool | None]
-    background: list[bool | None]
-    all: list[bool]
+objects: every named concept is there and has more objects than any that is not named, of which there are none.
+colours: every named colour prevails over the patches of its object.
+relation: the first stands to the second as named; "and" says nothing of it.
+count: there are as many of each as named; None if a record names single objects only.
+style, background: as named, the background with its colours.
+all: none of these is false, and single objects are single.
+"""
 
 
 def _index(word: str, words: Sequence[str], what: str) -> int:
@@ -93,19 +86,15 @@ def verdicts(
     measures: Measures, records: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, thresholds: Thresholds
 ) -> Verdicts:
     """Hold what was measured against what the records say."""
-    return Verdicts(
-        *zip(
-            *(
-                _verdict(Measures(*row), record, vocabulary, thresholds)
-                for row, record in zip(zip(*measures, strict=True), records, strict=True)
-            ),
-            strict=True,
-        )
-    )
+    rows = zip(zip(*measures, strict=True), records, strict=True)
+    found = [_verdict(Measures(*row), record, vocabulary, thresholds) for row, record in rows]
+    return dict(zip(METRICS, map(list, zip(*found, strict=True)), strict=True))
 
 
-def _verdict(found: Any, record: Mapping[str, Any], vocabulary: Vocabulary, thresholds: Thresholds) -> tuple[Any, ...]:
-    """One record's metrics in the order of Verdicts; `found` holds one row of Measures."""
+def _verdict(
+    found: Any, record: Mapping[str, Any], vocabulary: Vocabulary, thresholds: Thresholds
+) -> tuple[bool | None, ...]:
+    """One record's metrics in the order of METRICS; `found` holds one row of Measures."""
     objects = record["objects"]
     fewest = min(found.counts[: len(objects)])
     shown = fewest >= thresholds.present and found.extra < min(thresholds.extra, fewest)

@@ -64,7 +64,7 @@ def load_scorer(folder: Path, text_encoder_folder: Path, tokenizer_folder: Path,
         ids: torch.Tensor = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").input_ids
         return ids
 
-    network = network.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    network = network.to(device).to(memory_format=torch.channels_last).requires_grad_(False).eval()
     return Scorer(network, encoder.to(device), tokenize, sizes, vocabulary, thresholds)
 
 

@@ -72,6 +72,8 @@ def build_stem(sizes: Sizes) -> nn.Sequential:
 class ScorerNetwork(nn.Module):
     """Image tower, text projection and heads; everything that is trained. N concepts, P patches, E the shared width."""
 
+    centres: torch.Tensor  # [P, 2]: x and y of the patches, in half pictures
+
     def __init__(self, sizes: Sizes, vocabulary: Vocabulary) -> None:
         super().__init__()
         width, embed = sizes.width, sizes.embed
@@ -102,7 +104,7 @@ class ScorerNetwork(nn.Module):
         )
         steps = (torch.arange(sizes.cells) + 0.5) * (2 / sizes.cells) - 1
         centres = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).reshape(-1, 2)
-        self.register_buffer("centres", centres, persistent=False)  # [P, 2]: x and y in half pictures
+        self.register_buffer("centres", centres, persistent=False)
 
     def forward(self, pictures: torch.Tensor) -> Tokens:
         """Tokens of pictures [B, 3, side, side] in [-1, 1]."""

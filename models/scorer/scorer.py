@@ -45,7 +45,7 @@ class Reading(NamedTuple):
 
 
 def text_tower(encoder: nn.Module, projection: nn.Linear) -> HFTextEncoder:
-    """open_clip's adapter around a Hugging Face encoder that is loaded already: mean over its states, then `projection`."""
+    """open_clip's adapter around an encoder that is loaded already: the mean of its states, then `projection`."""
     with torch.device("meta"):  # the adapter builds a random encoder, which is replaced
         tower = HFTextEncoder(
             "", projection.out_features, config=encoder.config, pooler_type="mean_pooler", proj_type="linear"
@@ -124,13 +124,13 @@ class Scorer:
 
         Returns a list per metric, with an entry per record: "objects", "colours", "relation", "count", "style",
         "background" are true, false, or None where the record does not say; "all" is true if none of them is false;
-        "score" is the cosine with the prompt. What each asks is written at `judging.Verdicts`.
+        "score" is the cosine with the prompt. What each asks is written at `judging.METRICS`.
 
         Raises ModelError if a record is malformed or names what this scorer does not know.
         """
         found = self.verdicts(reading, records, self.thresholds)
         prompts = self.embed_text([record["prompt"] for record in records])
-        return {**found._asdict(), "score": (reading.embedding * prompts).sum(1).tolist()}
+        return {**found, "score": (reading.embedding * prompts).sum(1).tolist()}
 
     @torch.inference_mode()
     def verdicts(self, reading: Reading, records: Sequence[Mapping[str, Any]], thresholds: Thresholds) -> Verdicts:

@@ -27,13 +27,14 @@ from models.training.ring import Ring
 from models.training.sampling import FixedBatch, Velocity, sample_consistency, sample_ddim, sample_lcm
 from models.training.scenes import Stage
 from models.training.schedule import NoiseLevels
-from models.training.scorer import calibrate, make_scorer, sizes_of, train_scorer, vocabulary_of
+from models.training.scorer import make_scorer, sizes_of, train_scorer, vocabulary_of
 from models.training.settings import Budgets, Preset
 from models.training.sprites import draw_shapes, load_pack, make_pack
 from models.training.teacher import train_teacher
 from models.training.text import TextTower, load_minilm, tiny_tower, unpack_minilm
 from models.training.timepoints import STEPS, search
 from models.training.vae import VaeMoments, decode, train_vae
+from models.training.validation import calibrate
 
 LORAS = ("lcm-lora", "consistency", "consistency-training")
 _SEARCHED = 192  # prompts that time points are searched with

@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from models.training.concepts import COLOUR_NAMES, STYLES, TINTS
 from models.training.distributed import Clock, Ranks
 from models.training.flat import FlatOptimizer
 from models.training.grounds import COLOURED, GROUNDS
-from models.training.layouts import RELATIONS
+from models.training.layouts import PLACEMENTS, RELATIONS
 from models.training.meter import Meter
 from models.training.networks import frozen, millions
 from models.training.scenes import Scenes, Stage
@@ -107,7 +108,7 @@ class Targets(NamedTuple):
 
 
 def roughened(pictures: torch.Tensor) -> torch.Tensor:
-    """Shift colours a little, soften some pictures and add noise: a judge must not live on details that no VAE keeps."""
+    """Shift colours, soften some pictures, add noise: the scorer must not live on details that no VAE keeps."""
     shape, device = (len(pictures), 1, 1, 1), pictures.device
     gain = 1 + 0.05 * (2 * torch.rand(len(pictures), 3, 1, 1, device=device) - 1)
     pictures = pictures * gain + 0.04 * (2 * torch.rand(shape, device=device) - 1)
@@ -129,17 +130,19 @@ class ScorerLoss(nn.Module):
     def forward(
         self,
         pictures: torch.Tensor,
-        targets: Targets,
         captions: torch.Tensor,
         wrong: torch.Tensor,
         same: torch.Tensor,
         names: torch.Tensor,
+        *of_scenes: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, [loss, each loss, each accuracy]).
 
         pictures [B, 3, H, H]; captions and wrong captions [B, text width], the text tower's; same: bool [B, 2B], other
-        captions than a picture's own that say the same; names [N, text width].
+        captions than a picture's own that say the same; names [N, text width];
+        of_scenes: the fields of Targets.
         """
+        targets = Targets(*of_scenes)
         with torch.no_grad():
             pictures = roughened(pictures).to(self.dtype).contiguous(memory_format=torch.channels_last)
         network = self.network
@@ -216,37 +219,55 @@ def _classified(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tenso
     return loss, ((logits.argmax(1) == wanted) & some).sum() / number
 
 
-def altered(scenes: Scenes, concepts: int) -> Scenes:
-    """Scenes that differ from `scenes` in one thing that a caption says; placements are left as they are."""
+class Alteration(IntEnum):
+    """One thing that a caption says, told wrongly: of the first group of objects, or of the scene."""
+
+    OBJECT = 0
+    COUNT = 1
+    COLOUR = 2
+    EXCHANGE = 3  # of the two groups
+    STYLE = 4
+    GROUND = 5  # its colours
+
+
+def alter(scenes: Scenes, kind: torch.Tensor, concepts: int) -> tuple[Scenes, torch.Tensor]:
+    """Scenes told differently, each in one thing, an Alteration `kind` [B]; placements are left as they are.
+
+    Also bool [B]: the scene says that thing, so it was altered.
+    """
     count, device = len(scenes), scenes.concept.device
 
     def other(value: torch.Tensor, total: int) -> torch.Tensor:
         """Another one of `total` values."""
         return (value + torch.randint(1, total, (count,), device=device)) % total
 
-    kind = torch.randint(0, 7, (count,), device=device)
+    always = torch.ones(count, dtype=torch.bool, device=device)
     two, coloured = scenes.count[:, 1] > 0, scenes.named & (scenes.ground < COLOURED)
-    said = torch.stack([torch.ones_like(two), *3 * [scenes.count[:, 0] > 0], two, scenes.styled, coloured])
-    kind = torch.where(said.gather(0, kind[None])[0], kind, 0)
-    swap = (kind == 4)[:, None]
-    groups = {
-        name: torch.where(swap, getattr(scenes, name).flip(1), getattr(scenes, name))
-        for name in ("concept", "count", "tint", "size")
-    }
-    first = groups["concept"][:, 0]
-    groups["concept"] = _with_first(groups["concept"], torch.where(kind <= 1, other(first, concepts), first))
-    number = groups["count"][:, 0]
-    groups["count"] = _with_first(groups["count"], torch.where(kind == 2, other(number - 1, 5) + 1, number))
-    tint = groups["tint"][:, 0]
-    groups["tint"] = _with_first(groups["tint"], torch.where(kind == 3, other(tint - 1, len(TINTS)) + 1, tint))
-    step = torch.randint(1, len(COLOUR_NAMES), (count,), device=device) * (kind == 6)
-    return replace(
+    said = torch.stack([always, always, always, two, scenes.styled, coloured]).gather(0, kind[None])[0]
+    object_, counted, tinted, exchanged, restyled, recoloured = (said & (kind == one) for one in Alteration)
+    concept, number, tint, size = (
+        torch.where(exchanged[:, None], value.flip(1), value)
+        for value in (scenes.concept, scenes.count, scenes.tint, scenes.size)
+    )
+    step = torch.randint(1, len(COLOUR_NAMES), (count,), device=device) * recoloured
+    changed = replace(
         scenes,
-        **groups,
-        style=torch.where(kind == 5, other(scenes.style, len(STYLES)), scenes.style),
+        concept=_with_first(concept, torch.where(object_, other(concept[:, 0], concepts), concept[:, 0])),
+        count=_with_first(number, torch.where(counted, other(number[:, 0] - 1, PLACEMENTS) + 1, number[:, 0])),
+        tint=_with_first(tint, torch.where(tinted, other(tint[:, 0] - 1, len(TINTS)) + 1, tint[:, 0])),
+        size=size,
+        style=torch.where(restyled, other(scenes.style, len(STYLES)), scenes.style),
         top=(scenes.top + step) % len(COLOUR_NAMES),
         bottom=(scenes.bottom + step) % len(COLOUR_NAMES),
     )
+    return changed, said
+
+
+def altered(scenes: Scenes, concepts: int) -> Scenes:
+    """Scenes told wrongly in something that captions say; for training, objects twice as often as each of the rest."""
+    kind = (torch.randint(-1, len(Alteration), (len(scenes),), device=scenes.concept.device)).clamp(min=0)
+    _, said = alter(scenes, kind, concepts)
+    return alter(scenes, torch.where(said, kind, Alteration.OBJECT), concepts)[0]
 
 
 def _with_first(pairs: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
@@ -263,7 +284,7 @@ class ScorerBatches:
         self._batch, self._vae = batch, vae
         self.names = sentences(tower, tower.tokens([concept.name for concept in stage.concepts]))
 
-    def draw(self) -> tuple[torch.Tensor, Targets, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def draw(self) -> tuple[torch.Tensor, ...]:
         """One batch of random training scenes."""
         scenes = self._stage.sample(self._batch)
         pictures, owners = self._stage.compose_with_owners(scenes, self._sizes.side, self._sizes.cells)
@@ -273,7 +294,7 @@ class ScorerBatches:
         captions, wrong = sentences(self._tower, ids).chunk(2)
         same = (ids[: self._batch, None] == ids[None]).all(2)
         same.fill_diagonal_(False)
-        return pictures, Targets.of(scenes, owners), captions, wrong, same, self.names
+        return pictures, captions, wrong, same, self.names, *Targets.of(scenes, owners)
 
     @torch.no_grad()
     def _decoded(self, pictures: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
@@ -286,7 +307,7 @@ class ScorerBatches:
 
 @torch.no_grad()
 def spread_projection(network: ScorerNetwork, vectors: torch.Tensor) -> None:
-    """Begin with a projection that partly whitens the text tower's vectors [n, text width]: names lie too close in it."""
+    """Begin with a projection that partly whitens the text tower's vectors [n, text width]: they lie close together."""
     vectors = vectors.float()
     values, axes = torch.linalg.eigh(vectors.T @ vectors / len(vectors))
     embed = network.projection.out_features
