@@ -67,12 +67,15 @@ class EmptyModel:
             default_sampler="ddim",
             samplers=samplers,
         )
-        self.schedule = NoiseSchedule.from_config(
+        self._schedule = NoiseSchedule.from_config(
             {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
         )
 
-    def denoiser(self, sampler: str) -> TextDenoiser:
+    def denoiser(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> TextDenoiser:
         return self._denoiser
+
+    def schedule(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> NoiseSchedule:
+        return self._schedule
 
     def encode(
         self, prompts: Sequence[tuple[str, str]], guidance_scales: Sequence[float], sampler: str, size: tuple[int, int]

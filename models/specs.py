@@ -18,7 +18,7 @@ from accel.samplers.schedules import NoiseSchedule
 from models.diffusion import cards
 from models.diffusion.denoiser import TextDenoiser
 from models.diffusion.dtype import resolve_device, resolve_dtype
-from models.diffusion.loaded import LoadedModel
+from models.diffusion.loaded import LoadedModel, Network
 from models.diffusion.lora import LoraSet
 from models.diffusion.model import ModelCard, TextStates
 from models.diffusion.unet import place
@@ -145,12 +145,12 @@ SPECS = {
             pooled_width=1280,
         ),
         Spec(
-            "headstart-v1",
+            "headstart-v2",
             "sd",
             HEADSTART_UNET,
             HEADSTART_VAE,
             ZERO_SNR_SCHEDULER,
-            text_tokens=24,
+            text_tokens=32,
             student={"time_cond_proj_dim": 256},
         ),
     )
@@ -189,9 +189,11 @@ def random_model(spec: str | Spec, dtype: str = "auto", device: str = "auto") ->
     prediction = spec.scheduler["prediction_type"]
     network = TextDenoiser(_random_unet(spec.unet, where, form), prediction)
     default, samplers = cards.latent_samplers(spec.kind, spec.scheduler)
-    networks = dict.fromkeys(samplers, network)
+    schedule = NoiseSchedule.from_config(spec.scheduler)
+    networks = dict.fromkeys(samplers, Network(network, schedule))
     if spec.student is not None:
-        networks["lcm"] = TextDenoiser(_random_unet({**spec.unet, **spec.student}, where, form), prediction)
+        student = TextDenoiser(_random_unet({**spec.unet, **spec.student}, where, form), prediction)
+        networks["lcm"] = Network(student, schedule)
         default, samplers = cards.with_student(samplers)
     decoder = make_decoder(_random_vae(spec.vae, where, form), where)
     side = spec.unet["sample_size"] * decoder.scale
@@ -210,10 +212,7 @@ def random_model(spec: str | Spec, dtype: str = "auto", device: str = "auto") ->
         samplers=samplers,
     )
     text = RandomTextEncoder(spec, where, form)
-    schedule = NoiseSchedule.from_config(spec.scheduler)
-    return LoadedModel(
-        card, schedule, where, form, networks, decoder, LoraSet(), text, zero_negative=spec.kind == "sdxl"
-    )
+    return LoadedModel(card, where, form, networks, decoder, LoraSet(), text, zero_negative=spec.kind == "sdxl")
 
 
 def _random_unet(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Any:

@@ -244,7 +244,7 @@ def test_mixed_requests_equal_their_solo_runs(model: DiffusionModel) -> None:
 def test_a_plan_by_hand_draws_what_the_engine_draws(model: DiffusionModel) -> None:
     """The whole idea in ten lines: rows, a denoiser, the fused update."""
     condition = model.encode([(PROMPTS[0], "")], [3.0], "ddim", (256, 256))[0]
-    plan = build_plan("ddim", model.schedule, 6, spacing="trailing")
+    plan = build_plan("ddim", model.schedule("ddim"), 6, spacing="trailing")
     x = gaussian(torch.tensor([0]), INITIAL_ROW, (4, 32, 32), torch.device("cpu")) * plan.init_scale
     previous, finite = torch.zeros_like(x), torch.ones(1, dtype=torch.bool)
     slots, seeds = torch.tensor([0]), torch.tensor([0])

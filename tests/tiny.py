@@ -118,6 +118,52 @@ def bundle(folder: Path) -> Path:
     return _index(folder, "StableDiffusionPipeline", tokenizer="BertTokenizer", text_encoder="BertModel")
 
 
+SIGMA_MIN = 0.029167  # of timestep 0 of SD_SCHEDULE rescaled to zero terminal SNR
+CONSISTENCY = {
+    "sigma_min": SIGMA_MIN,
+    "sigma_max": 80.0,
+    "sigma_data": 1.0,
+    "guidance_scale": 3.0,
+    "sigmas": {"1": [80.0], "2": [80.0, 1.5]},
+}
+MANIFEST = {
+    "students": {"consistency": CONSISTENCY | {"lora": "lora/consistency.safetensors"}},
+    "loras": {
+        "lcm-lora": {"file": "lora/lcm.safetensors", "sampler": "lcm", "guidance_scale": 2.5},
+        "tuned": CONSISTENCY
+        | {"file": "lora/tuned.safetensors", "sampler": "consistency", "guidance_scale": 1.0, "sigmas": {}},
+    },
+}
+
+
+def bundle_with_loras(folder: Path) -> Path:
+    """`bundle` with students that are LoRA files of its teacher, named in its manifest."""
+    bundle(folder)
+    for seed, name in enumerate(("consistency", "lcm", "tuned"), start=1):
+        lora(folder / "lora" / f"{name}.safetensors", folder, seed=seed)
+    _write_json(folder / "manifest.json", MANIFEST)
+    return folder
+
+
+def lora(path: Path, folder: Path, *, seed: int = 1, rank: int = 4) -> Path:
+    """A random LoRA, in diffusers' format, of the UNet's convolutions, attention and feed-forward layers."""
+    from safetensors.torch import load_file, save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, weight in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
+        if weight.ndim < 2 or not any(part in key for part in ("conv", "attn", "ff.net")):
+            continue
+        out, fan_in, *kernel = weight.shape
+        name = f"unet.{key.removesuffix('.weight')}"
+        down = torch.randn(rank, fan_in, *kernel, generator=generator)
+        state[f"{name}.lora_A.weight"] = down / down[0].numel() ** 0.5
+        state[f"{name}.lora_B.weight"] = 0.2 * torch.randn(out, rank, *[1] * len(kernel), generator=generator)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path)
+    return path
+
+
 def consistency(folder: Path, *, num_classes: int | None = None) -> Path:
     """A pixel-space consistency model, unconditional or class-conditional, 16x16 pictures."""
     from diffusers.models.unets.unet_2d import UNet2DModel

@@ -22,6 +22,7 @@ from accel.samplers.schedules import (
     SPACINGS,
     Array,
     ConsistencySchedule,
+    LatentConsistencySchedule,
     NoiseSchedule,
     in_float32,
     karras_sigmas,
@@ -137,18 +138,20 @@ def lcm(schedule: NoiseSchedule, steps: int, spacing: str) -> Rows:
 def consistency(schedule: NoiseSchedule, steps: int, spacing: str) -> Rows:
     """Song et al. 2023, algorithm 1 (multistep consistency sampling): y <- f(y) + sqrt(sigma'^2 - sigma_min^2) z.
 
-    denoised is f itself: the boundary condition (and clipping) belongs to the denoiser. Spacing changes nothing.
+    In pixel space or in latent space, as the schedule has it. denoised is f itself: the boundary condition (and
+    clipping) belongs to the denoiser. Spacing changes nothing.
     """
-    assert isinstance(schedule, ConsistencySchedule)
+    assert isinstance(schedule, ConsistencySchedule | LatentConsistencySchedule)
     sigmas = schedule.sampling_sigmas(steps)
-    alphas, _ = _alphas_and_noises(sigmas)
+    timesteps = schedule.timesteps_of(sigmas)
+    alphas, noises = _alphas_and_noises(sigmas)
     rows = []
-    for i, sigma in enumerate(sigmas):
+    for i, t in enumerate(timesteps):
         b, s = 1.0, 0.0
         if i + 1 < steps:
             b, s = alphas[i + 1], alphas[i + 1] * max(sigmas[i + 1] ** 2 - schedule.sigma_min**2, 0.0) ** 0.5
-        rows.append(Row(t=250 * float(np.log(sigma)), alpha=alphas[i], a=0.0, b=b, c=0.0, s=s))
-    return rows, schedule.sigma_max * alphas[0]
+        rows.append(Row(t=float(t), alpha=alphas[i], a=0.0, b=b, c=0.0, s=s))
+    return rows, float(noises[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +161,14 @@ class Sampler:
     rows: (schedule, steps, spacing, **options) -> (rows of the full plan, init_scale).
     schedule: kind of the schedules it runs on.
     options: which of build_plan's options it takes.
+    most_steps: (schedule) -> the largest number of steps that there is a plan of.
     """
 
     rows: Callable[..., Rows]
     description: str
     schedule: str = "discrete"
     options: tuple[str, ...] = ()
+    most_steps: Callable[[Any], int] = len
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -172,8 +177,17 @@ SAMPLERS: dict[str, Sampler] = {
     "euler_a": Sampler(euler_a, "Euler with fresh noise at every step"),
     "dpmpp_2m": Sampler(dpmpp_2m, "second-order multistep ODE solver, good from 15 steps", options=("karras",)),
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, "DPM++ 2M with fresh noise at every step", options=("karras",)),
-    "lcm": Sampler(lcm, "few steps of a network distilled as a latent consistency model"),
-    "consistency": Sampler(consistency, "few steps of a consistency model", schedule="consistency"),
+    "lcm": Sampler(
+        lcm,
+        "few steps of a network distilled as a latent consistency model",
+        most_steps=lambda schedule: int(schedule.original_inference_steps),
+    ),
+    "consistency": Sampler(
+        consistency,
+        "few steps of a consistency model, in pixel or latent space",
+        schedule="consistency",
+        most_steps=lambda schedule: int(schedule.most_steps),
+    ),
 }
 
 

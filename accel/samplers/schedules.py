@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
@@ -220,21 +220,80 @@ class ConsistencySchedule(NoiseSchedule):
             rho=_entry(config, "rho", float),
         )
 
+    @property
+    def most_steps(self) -> int:
+        return len(self)
+
     def sampling_sigmas(self, steps: int) -> Array:
         """[steps] decreasing sigmas: the explicit timesteps if there are as many, else an even spread of indices."""
-        if not 1 <= steps <= len(self):
-            raise ValueError(f"steps: {steps}; allowed: 1 to {len(self)} for this consistency model")
+        if not 1 <= steps <= self.most_steps:
+            raise ValueError(f"steps: {steps}; allowed: 1 to {self.most_steps} for this consistency model")
         if steps == len(self.explicit_timesteps):
             indices = np.array(self.explicit_timesteps[::-1])
         else:
             indices = np.arange(steps) * (len(self) // steps)
         return karras_sigmas(self.sigma_max, self.sigma_min, indices / (len(self) - 1), self.rho)
 
+    def timesteps_of(self, sigmas: Array) -> Array:
+        return np.asarray(250 * np.log(sigmas), dtype=np.float64)
+
     def alpha_at(self, t: float) -> float:
         return 1 / math.hypot(1.0, math.exp(t / 250))
 
     def timestep_at(self, alpha: float) -> float:
         return 250 * math.log(math.sqrt(1 - alpha**2) / alpha)
+
+
+@dataclass(frozen=True, eq=False)
+class LatentConsistencySchedule(NoiseSchedule):
+    """The noise levels of a consistency model whose network is that of a latent diffusion model.
+
+    Noise levels are sigmas, as Karras et al. 2022 have them; the network's timestep is the fractional one at which the
+    diffusion model's own schedule has that sigma.
+
+    sigma_min: where the consistency function is the identity (epsilon in Song et al. 2023).
+    searched: by number of steps, the time points that a search found best (Song et al. 2023, section 3).
+    """
+
+    kind: ClassVar[str] = "consistency"
+    most_steps: ClassVar[int] = 50  # beyond it, neighbours are so close that a step only redraws what is there
+
+    sigma_min: float = 0.03
+    sigma_max: float = 80.0
+    searched: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lowest, highest = float(self.sigmas[0]), float(self.sigmas[-1])
+        slack = 1e-3  # the ends come from a file, in decimals, and from another computation of the same betas
+        if not lowest * (1 - slack) <= self.sigma_min < self.sigma_max <= highest * (1 + slack):
+            raise ValueError(
+                f"sigma_min: {self.sigma_min} and sigma_max: {self.sigma_max}; "
+                f"allowed: from {lowest:.5g} to {highest:.5g}, the noise of the schedule, sigma_min below sigma_max"
+            )
+        for steps, sigmas in self.searched.items():
+            falling = all(after < before for before, after in pairwise(sigmas))
+            if len(sigmas) != steps or not falling or not self.sigma_min <= sigmas[-1] <= sigmas[0] <= self.sigma_max:
+                raise ValueError(
+                    f"sigmas for {steps} steps: {sigmas}; allowed: {steps} strictly decreasing ones from sigma_max = "
+                    f"{self.sigma_max} to sigma_min = {self.sigma_min}"
+                )
+
+    @classmethod
+    def on(
+        cls, schedule: NoiseSchedule, sigma_min: float, sigma_max: float, searched: Mapping[int, tuple[float, ...]]
+    ) -> LatentConsistencySchedule:
+        """On the timesteps of a diffusion model's schedule. Raises ValueError for sigmas that it does not have."""
+        shared = {entry.name: getattr(schedule, entry.name) for entry in fields(NoiseSchedule)}
+        return cls(**shared, sigma_min=sigma_min, sigma_max=sigma_max, searched=searched)
+
+    def sampling_sigmas(self, steps: int) -> Array:
+        """[steps] decreasing sigmas: the searched ones, else Karras spacing, whose next would be sigma_min."""
+        if not 1 <= steps <= self.most_steps:
+            raise ValueError(f"steps: {steps}; allowed: 1 to {self.most_steps} for this consistency model")
+        if steps in self.searched:
+            return np.asarray(self.searched[steps], dtype=np.float64)
+        return karras_sigmas(self.sigma_max, self.sigma_min, np.arange(steps) / steps)
 
 
 def spaced_timesteps(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from models.diffusion.folder import read_json
 from models.diffusion.model import SamplerDefaults
+from models.diffusion.students import Students
 from models.errors import ModelError
 
 SPACING_BY_CLASS = {  # what diffusers assumes where a scheduler config leaves timestep_spacing out
@@ -38,6 +40,21 @@ def lcm_samplers() -> tuple[str, dict[str, SamplerDefaults]]:
 def with_student(samplers: Mapping[str, SamplerDefaults]) -> tuple[str, dict[str, SamplerDefaults]]:
     """(default sampler, samplers) of a teacher with an LCM student beside it and no manifest that says otherwise."""
     return "lcm", {**samplers, "lcm": SamplerDefaults(4, 2.0, "trailing")}
+
+
+def lcm_by_lora() -> dict[str, SamplerDefaults]:
+    """The sampler that LCM-LoRAs (Luo et al. 2023b) are made for, on a model that is no student itself."""
+    return {"lcm": SamplerDefaults(4, 1.0, "trailing", needs_lora=True)}
+
+
+def with_students(samplers: Mapping[str, SamplerDefaults], students: Students) -> dict[str, SamplerDefaults]:
+    """The samplers and those of the students: their guidance is theirs, their steps those that `samplers` states."""
+    merged = dict(samplers)
+    for name, student in students.networks.items():
+        merged[name] = replace(student.defaults, steps=samplers.get(name, student.defaults).steps)
+    for student in students.loras.values():
+        merged.setdefault(student.sampler, replace(student.defaults, fixed_guidance=False, needs_lora=True))
+    return merged
 
 
 def consistency_samplers() -> tuple[str, dict[str, SamplerDefaults]]:

@@ -48,21 +48,28 @@ class TextDenoiser:
         unet: a UNet2DConditionModel.
         prediction: key of PREDICTIONS.
         clip: x0 is clamped to [-clip, clip]; None: it is not.
+        distilled: guidance at one scale was distilled into the weights.
     """
 
-    def __init__(self, unet: Any, prediction: str, clip: float | None = None) -> None:
+    def __init__(self, unet: Any, prediction: str, clip: float | None = None, *, distilled: bool = False) -> None:
         if prediction not in PREDICTIONS:
             raise ModelError(f"prediction_type {prediction!r} is not served; served are {', '.join(PREDICTIONS)}")
         self._unet = unet
         self._dtype, self._device = unet.dtype, unet.device  # asked once: both walk over all modules, for milliseconds
         self._to_x0 = PREDICTIONS[prediction]
         self._clip = clip
+        self._distilled = distilled
         self._batches: OrderedDict[tuple[int, ...], Batch] = OrderedDict()
 
     @property
     def embeds_guidance(self) -> bool:
-        """Guidance is an input of the network, so that no row needs a negative branch."""
+        """Guidance is an input of the network."""
         return bool(self._unet.config.time_cond_proj_dim is not None)
+
+    @property
+    def guides_itself(self) -> bool:
+        """Guidance is an input of the network or distilled into it, so that no row needs a negative branch."""
+        return self._distilled or self.embeds_guidance
 
     @torch.no_grad()
     def __call__(
@@ -75,7 +82,9 @@ class TextDenoiser:
             sample, t = torch.cat([sample, sample[rows]]), torch.cat([t, t[rows]])
         output = self._unet(sample, t, return_dict=False, **batch.arguments)[0].float()
         output = _guide(output, batch, len(conditions)).contiguous()
-        alpha = alpha.view(-1, 1, 1, 1)
+        return self._denoised(output, x, alpha.view(-1, 1, 1, 1))
+
+    def _denoised(self, output: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         denoised = self._to_x0(output, x, alpha, (1 - alpha * alpha).sqrt())
         return denoised if self._clip is None else denoised.clamp(-self._clip, self._clip)
 
@@ -110,6 +119,30 @@ class TextDenoiser:
 
     def _send(self, values: torch.Tensor) -> torch.Tensor:
         return to_device(values, self._device)
+
+
+class LatentConsistencyDenoiser(TextDenoiser):
+    """A consistency model in latent space (Song et al. 2023, appendix C) whose network is a v-predicting UNet.
+
+    On latents of unit variance (sigma_data = 1) the scaled input c_in * x_ve of Karras et al. 2022, table 1, is the
+    variance-preserving x, and their F is -v. With sigma = sqrt(1 - alpha^2) / alpha and e = sigma - sigma_min,
+
+        denoised = c_skip * x_ve - c_out * v,  x_ve = x / alpha,  c_skip = 1 / (e^2 + 1),  c_out = e / sqrt(sigma^2 + 1)
+
+    which is x_ve itself at sigma_min, and a v-prediction's x0 where sigma_min is 0.
+
+    Args:
+        unet: a UNet2DConditionModel, guidance distilled into it.
+        sigma_min: where the consistency function is the identity.
+    """
+
+    def __init__(self, unet: Any, sigma_min: float) -> None:
+        super().__init__(unet, "v_prediction", distilled=True)
+        self._sigma_min = sigma_min
+
+    def _denoised(self, output: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        excess = (1 - alpha * alpha).sqrt() / alpha - self._sigma_min
+        return x / (alpha * (excess * excess + 1)) - alpha * excess * output
 
 
 class ConsistencyDenoiser:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -21,40 +21,51 @@ class PromptEncoder(Protocol):
     def encode(self, prompts: Sequence[str], variant: Hashable = None) -> list[TextStates]: ...
 
 
+class Network(NamedTuple):
+    """A denoiser, and the noise levels that its plans are made of."""
+
+    denoiser: TextDenoiser | ConsistencyDenoiser
+    schedule: NoiseSchedule
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """Implements `DiffusionModel`.
 
-    networks: the denoiser of each sampler of the card.
+    networks: what runs each sampler of the card.
+    students: what runs the sampler of each of the card's student LoRAs, while it is active.
     text: None for a model without text.
     zero_negative: the states of an empty negative prompt are zeros (SDXL's force_zeros_for_empty_prompt).
     """
 
     card: ModelCard
-    schedule: NoiseSchedule
     device: torch.device
     dtype: torch.dtype
-    networks: Mapping[str, TextDenoiser | ConsistencyDenoiser]
+    networks: Mapping[str, Network]
     decoder: Decoder
     loras: LoraSet
     text: PromptEncoder | None = None
     zero_negative: bool = False
+    students: Mapping[str, Network] = field(default_factory=dict)
 
-    def denoiser(self, sampler: str) -> TextDenoiser | ConsistencyDenoiser:
-        return self.networks[sampler]
+    def denoiser(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> TextDenoiser | ConsistencyDenoiser:
+        return self._network(sampler, loras).denoiser
+
+    def schedule(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> NoiseSchedule:
+        return self._network(sampler, loras).schedule
 
     def encode(
         self, prompts: Sequence[tuple[str, str]], guidance_scales: Sequence[float], sampler: str, size: tuple[int, int]
     ) -> list[Condition]:
         """Encode (prompt, negative prompt) pairs under the active LoRA set; see `DiffusionModel.encode`.
 
-        A negative prompt is encoded only where it acts: guidance_scale > 1 and guidance not embedded in the network. A
+        A negative prompt is encoded only where it acts: guidance_scale > 1 in a network that does not guide itself. A
         class label is not text: the caller sets it with `dataclasses.replace`.
         """
-        network = self.networks[sampler]
+        network = self.denoiser(sampler, self.loras.active)
         if self.text is None or isinstance(network, ConsistencyDenoiser):
             return [Condition(None, None, 1.0) for _ in prompts]
-        guided = [scale > 1 and not network.embeds_guidance for scale in guidance_scales]
+        guided = [scale > 1 and not network.guides_itself for scale in guidance_scales]
         positives = [prompt for prompt, _ in prompts]
         negatives = [negative for (_, negative), row_guided in zip(prompts, guided, strict=True) if row_guided]
         states = self.text.encode([*positives, *negatives], variant=self.loras.active)
@@ -72,6 +83,12 @@ class LoadedModel:
 
     def use_loras(self, loras: Sequence[tuple[str, float]]) -> None:
         self.loras.use(loras)
+
+    def _network(self, sampler: str, loras: Sequence[tuple[str, float]]) -> Network:
+        for name, _ in loras:
+            if name in self.students and self.card.student_loras[name].sampler == sampler:
+                return self.students[name]
+        return self.networks[sampler]
 
     def _negative(self, prompt: str, states: TextStates) -> TextStates:
         if prompt or not self.zero_negative or states.pooled is None:

@@ -11,22 +11,25 @@ import contextlib
 import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from accel.samplers.schedules import NoiseSchedule
+from accel.samplers.library import SAMPLERS
+from accel.samplers.schedules import LatentConsistencySchedule, NoiseSchedule
 from models.diffusion import cards
-from models.diffusion.denoiser import ConsistencyDenoiser, TextDenoiser
+from models.diffusion.denoiser import ConsistencyDenoiser, LatentConsistencyDenoiser, TextDenoiser
 from models.diffusion.dtype import resolve_device, resolve_dtype
 from models.diffusion.folder import Folder, read_folder
-from models.diffusion.loaded import LoadedModel
-from models.diffusion.lora import LoraSet
+from models.diffusion.loaded import LoadedModel, Network
+from models.diffusion.lora import LoraSet, fuse
 from models.diffusion.model import ModelCard, SamplerDefaults
 from models.diffusion.source import HUB_ID, Source, resolve_source, snapshot
+from models.diffusion.students import Student, Students, check_roles, read_students
 from models.diffusion.text import TextEncoder, load_text
-from models.diffusion.unet import load_unet
+from models.diffusion.unet import load_unet, place
 from models.diffusion.vae import LatentDecoder, PixelDecoder, load_decoder
 from models.errors import LoraError, ModelError
 
@@ -59,6 +62,7 @@ def load_model(
         dtype: auto, float32, bfloat16 or float16.
         device: auto, cpu, cuda or cuda:N.
         loras: (name, file or hub id) pairs, loaded and left inactive; an empty name is taken from the file's stem.
+            Where both are the name of a LoRA that comes with the model, that is meant.
         cache_dir: where bundles and hub files are kept.
 
     Raises:
@@ -105,41 +109,52 @@ def _collector_paused() -> Iterator[None]:
 def _latent(
     source: Source, folder: Folder, kind: str, device: torch.device, dtype: torch.dtype, loras: list[tuple[str, Path]]
 ) -> LoadedModel:
-    """Stable Diffusion, SDXL, and latent consistency models; with a student in unet_lcm/ where a bundle has one."""
+    """Stable Diffusion, SDXL, and latent consistency models; with the students beside it where a bundle has them."""
     scheduler = folder.config("scheduler", SCHEDULER)
     schedule = _schedule(folder, scheduler)
+    check_roles(folder, kind, scheduler)
+    students = read_students(folder.path, schedule)
     unet = load_unet(folder, "unet", device, dtype)
-    networks = [unet]
+    unets = [unet]
     main = _text_denoiser(folder, unet, scheduler, schedule)
     default, samplers = cards.lcm_samplers() if main.embeds_guidance else cards.latent_samplers(kind, scheduler)
-    if kind == "lcm" and not main.embeds_guidance:
-        raise ModelError(f"{folder.path / 'unet' / 'config.json'}: an LCM's time_cond_proj_dim must be set")
-    denoisers = dict.fromkeys(samplers, main)
+    if loras and "lcm" not in samplers:
+        samplers |= cards.lcm_by_lora()
+    networks = {name: Network(main, schedule) for name in samplers}
     if (folder.path / "unet_lcm").is_dir():
-        student = load_unet(folder, "unet_lcm", device, dtype)
-        networks.append(student)
-        denoisers["lcm"] = _text_denoiser(folder, student, folder.config("scheduler_lcm", SCHEDULER), schedule)
+        unets.append(load_unet(folder, "unet_lcm", device, dtype))
+        config = folder.config("scheduler_lcm", SCHEDULER)
+        networks["lcm"] = Network(_text_denoiser(folder, unets[-1], config, schedule), schedule)
         default, samplers = cards.with_student(samplers)
-    if (stated := cards.manifest_samplers(folder.path)) is not None:
-        default, samplers = stated
-        if unknown := [name for name in (default, *samplers) if name not in denoisers or default not in samplers]:
-            raise ModelError(f"{folder.path / 'manifest.json'}: serving names {unknown[0]}, which the model cannot run")
+    for name, student in students.networks.items():
+        unets.append(_fused(folder, student.file, device, dtype))
+        networks[name] = _student_network(folder, unets[-1], student, scheduler)
+    lora_networks = {
+        name: _student_network(folder, unet, student, scheduler) for name, student in students.loras.items()
+    }
+    for name, student in students.loras.items():
+        networks.setdefault(student.sampler, lora_networks[name])
+    default, samplers = _samplers(folder, cards.manifest_samplers(folder.path) or (default, samplers), networks)
+    samplers = cards.with_students(samplers, students)
     text = load_text(folder, device, dtype)
     decoder = load_decoder(folder, device, dtype)
     _check_fit(folder, unet.config, text, decoder)
     encoders = {f"text_encoder{suffix}": tower.encoder for suffix, tower in zip(("", "_2"), text.towers, strict=False)}
-    lora_set = _load_loras(LoraSet(networks, encoders), loras)
-    card = _card(source, kind, unet.config, decoder.scale, text.max_tokens, (default, samplers), lora_set)
+    lora_set = LoraSet(unets, encoders)
+    for name, student in students.loras.items():
+        lora_set.load(name, student.file, [unet])
+    _load_loras(lora_set, [*students.plain.items(), *loras])
+    card = _card(source, kind, unet.config, decoder.scale, text.max_tokens, (default, samplers), lora_set, students)
     return LoadedModel(
         card,
-        schedule,
         device,
         dtype,
-        {name: denoisers[name] for name in samplers},
+        {name: networks[name] for name in samplers},
         decoder,
         lora_set,
         text,
         zero_negative=bool(folder.options.get("force_zeros_for_empty_prompt", kind == "sdxl")),
+        students=lora_networks,
     )
 
 
@@ -158,8 +173,10 @@ def _consistency(
     )
     lora_set = _load_loras(LoraSet([unet]), loras)
     default, samplers = cards.consistency_samplers()
+    networks = dict.fromkeys(samplers, Network(denoiser, schedule))
+    default, samplers = _samplers(folder, (default, samplers), networks)
     card = _card(source, kind, unet.config, PixelDecoder.scale, None, (default, samplers), lora_set)
-    return LoadedModel(card, schedule, device, dtype, dict.fromkeys(samplers, denoiser), PixelDecoder(), lora_set)
+    return LoadedModel(card, device, dtype, networks, PixelDecoder(), lora_set)
 
 
 def _schedule(folder: Folder, scheduler: Mapping[str, Any]) -> NoiseSchedule:
@@ -179,7 +196,40 @@ def _schedule(folder: Folder, scheduler: Mapping[str, Any]) -> NoiseSchedule:
         raise ModelError(f"{path}: {error}") from None
 
 
-def _text_denoiser(folder: Folder, unet: Any, scheduler: Mapping[str, Any], schedule: NoiseSchedule) -> TextDenoiser:
+def _samplers(
+    folder: Folder, stated: tuple[str, Mapping[str, SamplerDefaults]], networks: Mapping[str, Network]
+) -> tuple[str, dict[str, SamplerDefaults]]:
+    """(default sampler, samplers), each with the most steps that its network has a plan of."""
+    default, samplers = stated
+    if unknown := [name for name in (default, *samplers) if name not in networks or default not in samplers]:
+        raise ModelError(f"{folder.path / 'manifest.json'}: serving names {unknown[0]}, which the model cannot run")
+    most = {name: SAMPLERS[name].most_steps(networks[name].schedule) for name in samplers}
+    return default, {name: replace(values, max_steps=most[name]) for name, values in samplers.items()}
+
+
+def _fused(folder: Folder, lora: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """Another copy of the teacher with a LoRA added to its weights, in float32 before they are rounded to `dtype`."""
+    unet = load_unet(folder, "unet", device, torch.float32)
+    fuse(unet, lora)
+    return place(unet.to(dtype), device)
+
+
+def _student_network(folder: Folder, unet: Any, student: Student, scheduler: Mapping[str, Any]) -> Network:
+    """What runs a student's sampler on the teacher's UNet with the student's LoRA."""
+    schedule = student.schedule
+    if not isinstance(schedule, LatentConsistencySchedule):
+        return Network(_text_denoiser(folder, unet, scheduler, schedule, distilled=True), schedule)
+    if scheduler.get("prediction_type") != "v_prediction":
+        raise ModelError(
+            f"{folder.path / 'scheduler' / SCHEDULER}: prediction_type is {scheduler.get('prediction_type')!r}; "
+            f"with the consistency model {student.file.name} it must be v_prediction"
+        )
+    return Network(LatentConsistencyDenoiser(unet, schedule.sigma_min), schedule)
+
+
+def _text_denoiser(
+    folder: Folder, unet: Any, scheduler: Mapping[str, Any], schedule: NoiseSchedule, *, distilled: bool = False
+) -> TextDenoiser:
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction == "epsilon" and schedule.alphas_cumprod[-1] == 0:
         raise ModelError(
@@ -187,7 +237,8 @@ def _text_denoiser(folder: Folder, unet: Any, scheduler: Mapping[str, Any], sche
             "at the last timestep there is no signal to recover from the noise"
         )
     clips = scheduler.get("clip_sample", True) and scheduler.get("_class_name") in CLIPPING_SCHEDULERS
-    return TextDenoiser(unet, prediction, float(scheduler.get("clip_sample_range", 1.0)) if clips else None)
+    clip = float(scheduler.get("clip_sample_range", 1.0)) if clips else None
+    return TextDenoiser(unet, prediction, clip, distilled=distilled)
 
 
 def _check_fit(folder: Folder, unet: Any, text: TextEncoder, decoder: LatentDecoder) -> None:
@@ -211,6 +262,7 @@ def _card(
     max_prompt_tokens: int | None,
     samplers: tuple[str, Mapping[str, SamplerDefaults]],
     loras: LoraSet,
+    students: Students | None = None,
 ) -> ModelCard:
     side = unet.sample_size
     height, width = (side, side) if isinstance(side, int) else side
@@ -229,12 +281,15 @@ def _card(
         default_sampler=samplers[0],
         samplers=samplers[1],
         loras=loras.names,
+        student_loras=students.lora_cards() if students is not None else {},
     )
 
 
-def _load_loras(lora_set: LoraSet, files: list[tuple[str, Path]]) -> LoraSet:
+def _load_loras(lora_set: LoraSet, files: Sequence[tuple[str, Path]]) -> LoraSet:
+    """Load files; one that is no file but the name of a LoRA that came with the model is there already."""
     for name, path in files:
-        lora_set.load(name, path)
+        if not (name in lora_set.names and path == Path(name) and not path.exists()):
+            lora_set.load(name, path)
     return lora_set
 
 

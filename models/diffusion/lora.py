@@ -38,8 +38,11 @@ class LoraSet:
     def names(self) -> tuple[str, ...]:
         return tuple(self._modules_of)
 
-    def load(self, name: str, path: Path) -> None:
+    def load(self, name: str, path: Path, networks: Sequence[Any] | None = None) -> None:
         """Load a file and leave it inactive.
+
+        Args:
+            networks: the UNets that it is made for; None: all of them.
 
         Raises:
             LoraError: the name is taken, or the file is unreadable or has keys that fit nothing in this model.
@@ -50,7 +53,7 @@ class LoraSet:
             raise LoraError(f"LoRA file {path} is missing")
         try:
             with quiet_libraries():
-                self._modules_of[name] = self._inject(name, path)
+                self._modules_of[name] = self._inject(name, path, self._networks if networks is None else networks)
         except LoraError:
             raise
         except Exception as error:
@@ -77,7 +80,7 @@ class LoraSet:
                     layer.set_scale(name, scale)
         self.active = wanted
 
-    def _inject(self, name: str, path: Path) -> list[Any]:
+    def _inject(self, name: str, path: Path, networks: Sequence[Any]) -> list[Any]:
         from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
         xl = len(self._encoders) > 1
@@ -89,7 +92,7 @@ class LoraSet:
             raise LoraError(f"LoRA file {path} has keys that fit nothing in this model: {listing(sorted(strangers))}")
         arguments = {"network_alphas": alphas, "adapter_name": name, "metadata": metadata}
         filled = []
-        for prefix, module in [*((UNET, network) for network in self._networks), *self._encoders.items()]:
+        for prefix, module in [*((UNET, network) for network in networks), *self._encoders.items()]:
             keys = sorted(key for key in state if key.startswith(f"{prefix}."))
             if not keys:
                 continue
@@ -103,6 +106,18 @@ class LoraSet:
                 raise LoraError(f"LoRA file {path} has keys that fit nothing in this model, among {listing(keys)}")
             filled.append(module)
         return filled
+
+
+def fuse(network: Any, path: Path) -> None:
+    """Add a file's weights to a UNet's own, for good and in the UNet's dtype.
+
+    Raises:
+        LoraError: the file is unreadable or does not fit the UNet.
+    """
+    LoraSet([network]).load("fused", path)
+    with quiet_libraries():
+        network.fuse_lora()
+        network.unload_lora()
 
 
 def _lora_layers(module: Any) -> list[Any]:

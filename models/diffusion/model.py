@@ -7,7 +7,7 @@ pixels, L text tokens, D their width, P width of the pooled text state.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ class Condition:
     """What one picture is drawn from. Immutable, shared by the pictures of a request.
 
     negative is None when the row needs no second evaluation: guidance_scale <= 1, or guidance that is embedded in the
-    network (LCM), or a model without text.
+    network (LCM) or distilled into it, or a model without text.
     """
 
     positive: TextStates | None
@@ -67,12 +67,23 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SamplerDefaults:
-    """What a request gets that names the sampler and nothing else."""
+    """What a request gets that names the sampler and nothing else, and what it may ask for instead."""
 
     steps: int
     guidance_scale: float
     spacing: str  # "leading" | "trailing" | "linspace"
     karras: bool = False
+    max_steps: int | None = None  # None: the sampler sets no limit
+    fixed_guidance: bool = False  # distilled into the network at guidance_scale, and no other can be had
+    needs_lora: bool = False  # the network takes few steps only with a LoRA made for that
+
+
+@dataclass(frozen=True, slots=True)
+class StudentLora:
+    """A LoRA that makes a few-step student of its model: for which sampler, and what a request gets that names both."""
+
+    sampler: str
+    defaults: SamplerDefaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +103,15 @@ class ModelCard:
     default_sampler: str
     samplers: Mapping[str, SamplerDefaults]  # only those that this model can run
     loras: tuple[str, ...] = ()
+    student_loras: Mapping[str, StudentLora] = field(default_factory=dict)  # those of `loras` that are students
+
+    def defaults(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> SamplerDefaults:
+        """What a request gets that names the sampler and these LoRAs, (name, scale) each."""
+        for name, _ in loras:
+            student = self.student_loras.get(name)
+            if student is not None and student.sampler == sampler:
+                return student.defaults
+        return self.samplers[sampler]
 
 
 class DiffusionModel(Protocol):
@@ -100,20 +120,29 @@ class DiffusionModel(Protocol):
     @property
     def card(self) -> ModelCard: ...
     @property
-    def schedule(self) -> NoiseSchedule: ...
-    @property
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def denoiser(self, sampler: str) -> Denoiser:
-        """The network that runs the sampler's rows (the LCM student for "lcm" where the bundle has one)."""
+    def denoiser(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> Denoiser:
+        """The network that runs the sampler's rows under a LoRA set of (name, scale).
+
+        The bundle's student for "lcm" and "consistency" where it has one, and the teacher with a LoRA made for the
+        sampler. The same object for all that can share a batch.
+        """
+        ...
+
+    def schedule(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> NoiseSchedule:
+        """The noise levels of that network, which the sampler's plans are made of."""
         ...
 
     def encode(
         self, prompts: Sequence[tuple[str, str]], guidance_scales: Sequence[float], sampler: str, size: tuple[int, int]
     ) -> list[Condition]:
-        """Encode (prompt, negative prompt) pairs in one text-encoder batch; `size` is (width, height)."""
+        """Encode (prompt, negative prompt) pairs in one text-encoder batch, under the LoRA set in use.
+
+        `size` is (width, height).
+        """
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -62,4 +62,5 @@ def _model(service: Service) -> dict[str, Any]:
         "samplers": {name: dataclasses.asdict(defaults) for name, defaults in card.samplers.items()},
         "num_classes": card.num_classes,
         "loras": list(card.loras),
+        "student_loras": {name: dataclasses.asdict(student) for name, student in card.student_loras.items()},
     }

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import unicodedata
 
-from models.diffusion.model import ModelCard
+from models.diffusion.model import ModelCard, SamplerDefaults
 from service.config import EngineSettings
 from service.diffusion.request import MAX_SEED, Draft, ImageRequest
 from service.errors import invalid
+
+Loras = tuple[tuple[str, float], ...]  # (name, scale)
 
 MAX_PROMPT = 2000  # characters
 MAX_PICTURES = 8
@@ -18,7 +20,6 @@ MAX_GUIDANCE = 30.0
 MAX_LORA_SCALE = 4.0
 MAX_PRIORITY = 10
 MAX_PARTIAL_IMAGES = 3
-SAMPLER_STEPS = {"lcm": 50}  # the student was distilled on 50 timesteps (Luo et al. 2023, section 4.3)
 
 
 def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, random_seed: int) -> ImageRequest:
@@ -31,10 +32,9 @@ def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, r
     Raises:
         InputError: a value out of range; names the HTTP field, the value and what is allowed.
     """
-    sampler = card.default_sampler if draft.sampler is None else draft.sampler
-    if sampler not in card.samplers:
-        raise invalid("sampler", sampler, f"this model has {', '.join(sorted(card.samplers))}")
-    defaults = card.samplers[sampler]
+    loras = _loras(draft.loras, card)
+    sampler = _sampler(draft.sampler, loras, card)
+    defaults = card.defaults(sampler, loras)
     width, height = _size(draft, card, limits)
     return ImageRequest(
         id=id,
@@ -43,13 +43,13 @@ def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, r
         n=_integer("n", draft.n, 1, 1, MAX_PICTURES),
         width=width,
         height=height,
-        steps=_steps(draft.num_inference_steps, sampler, defaults.steps),
-        guidance_scale=_real("guidance_scale", draft.guidance_scale, defaults.guidance_scale, 0.0, MAX_GUIDANCE),
+        steps=_steps(draft.num_inference_steps, sampler, defaults),
+        guidance_scale=_guidance(draft.guidance_scale, sampler, defaults),
         sampler=sampler,
         eta=_eta(draft.eta, sampler),
         seed=_seed(draft.seed, random_seed),
         class_label=_class_label(draft.class_label, card),
-        loras=_loras(draft.loras, card),
+        loras=loras,
         priority=_integer("priority", draft.priority, 0, -MAX_PRIORITY, MAX_PRIORITY),
         partial_images=_integer("partial_images", draft.partial_images, 0, 0, MAX_PARTIAL_IMAGES),
         deadline_s=_deadline(draft.deadline_s),
@@ -83,11 +83,36 @@ def _real(field: str, value: float | None, default: float, low: float, high: flo
     return value
 
 
-def _steps(value: int | None, sampler: str, default: int) -> int:
-    most = SAMPLER_STEPS.get(sampler)
-    if most is not None and value is not None and not 1 <= value <= most:
+def _sampler(value: str | None, loras: Loras, card: ModelCard) -> str:
+    """The sampler asked for, else the one that a student's LoRA was made for, else the model's own."""
+    students = {name: card.student_loras[name].sampler for name, _ in loras if name in card.student_loras}
+    if len(students) > 1:
+        raise invalid("loras", list(students), "at most one of them, for each makes another student of the model")
+    sampler = next(iter(students.values()), card.default_sampler) if value is None else value
+    if sampler not in card.samplers:
+        raise invalid("sampler", sampler, f"this model has {', '.join(sorted(card.samplers))}")
+    for name, made_for in students.items():
+        if sampler != made_for:
+            raise invalid("loras", name, f"it was made for the sampler {made_for}, not for {sampler}")
+    if card.samplers[sampler].needs_lora and not loras:
+        loaded = ", ".join(card.loras)
+        raise invalid("sampler", sampler, f"this model runs it only with a LoRA made for it; loaded: {loaded}")
+    return sampler
+
+
+def _steps(value: int | None, sampler: str, defaults: SamplerDefaults) -> int:
+    most = MAX_STEPS if defaults.max_steps is None else min(MAX_STEPS, defaults.max_steps)
+    if most < MAX_STEPS and value is not None and not 1 <= value <= most:
         raise invalid("num_inference_steps", value, f"1 to {most} with the sampler {sampler}")
-    return _integer("num_inference_steps", value, default, 1, MAX_STEPS)
+    return _integer("num_inference_steps", value, defaults.steps, 1, MAX_STEPS)
+
+
+def _guidance(value: float | None, sampler: str, defaults: SamplerDefaults) -> float:
+    scale = defaults.guidance_scale
+    if defaults.fixed_guidance and value is not None and value != scale:
+        allowed = f"{scale:g} or nothing: this network for the sampler {sampler} was distilled at that scale"
+        raise invalid("guidance_scale", value, allowed)
+    return _real("guidance_scale", value, scale, 0.0, MAX_GUIDANCE)
 
 
 def _size(draft: Draft, card: ModelCard, limits: EngineSettings) -> tuple[int, int]:
@@ -127,7 +152,7 @@ def _class_label(value: int | None, card: ModelCard) -> int | None:
     return value
 
 
-def _loras(loras: tuple[tuple[str, float], ...], card: ModelCard) -> tuple[tuple[str, float], ...]:
+def _loras(loras: Loras, card: ModelCard) -> Loras:
     for name, scale in loras:
         if name not in card.loras:
             loaded = f"one of {', '.join(card.loras)}" if card.loras else "this server has loaded none"

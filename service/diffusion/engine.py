@@ -87,7 +87,7 @@ class DiffusionEngine:
             InputError: the sampler has no plan of so many steps.
         """
         try:
-            plan = self._plan(request.sampler, request.steps, request.eta)
+            plan = self._plan(request.sampler, request.loras, request.steps, request.eta)
         except ValueError as error:
             raise InputError(str(error)) from None
         self._scheduler.add(request, plan, self._runner.bucket(request), self._clock())
@@ -256,11 +256,10 @@ class DiffusionEngine:
         events, self._events = self._events, []
         return events
 
-    def _build_plan(self, sampler: str, steps: int, eta: float) -> Plan:
-        defaults = self._model.card.samplers[sampler]
-        return build_plan(
-            sampler, self._model.schedule, steps, spacing=defaults.spacing, karras=defaults.karras, eta=eta
-        )
+    def _build_plan(self, sampler: str, loras: tuple[tuple[str, float], ...], steps: int, eta: float) -> Plan:
+        defaults = self._model.card.defaults(sampler, loras)
+        schedule = self._model.schedule(sampler, loras)
+        return build_plan(sampler, schedule, steps, spacing=defaults.spacing, karras=defaults.karras, eta=eta)
 
 
 def _preview_number(picture: Picture) -> int | None:

@@ -51,21 +51,20 @@ class Runner:
         self._model = model
         self._latents = latents
         self._staging = Staging(max_batch, model.device)
-        self._networks: dict[str, Denoiser] = {}
-        self._samplers: dict[str, str] = {}  # sampler -> name of its network
-        for sampler in model.card.samplers:
-            denoiser = model.denoiser(sampler)
-            name = next((name for name, other in self._networks.items() if other is denoiser), sampler)
-            self._samplers[sampler] = name
-            self._networks[name] = denoiser
+        self._networks: dict[str, Denoiser] = {}  # by the sampler and the LoRAs of the first request that ran on it
         self._ceilings: dict[tuple[str, tuple[int, ...]], int] = {}  # network rows, after running out of memory
         self._ticks = 0
 
     def bucket(self, request: ImageRequest) -> Bucket:
         """The bucket in which the request's pictures run."""
-        card = self._model.card
+        card, loras = self._model.card, request.loras
+        denoiser = self._model.denoiser(request.sampler, loras)
+        name = next((name for name, other in self._networks.items() if other is denoiser), None)
+        if name is None:
+            name = "+".join([request.sampler, *(lora for lora, _ in loras)])
+            self._networks[name] = denoiser
         shape = (card.latent_channels, request.height // card.scale, request.width // card.scale)
-        return Bucket(self._samplers[request.sampler], shape, request.loras)
+        return Bucket(name, shape, loras)
 
     @torch.inference_mode()
     def encode(self, requests: Sequence[ImageRequest]) -> list[Condition]:

@@ -16,7 +16,7 @@ from accel.samplers.betas import BETA_SCHEDULES
 from accel.samplers.library import SAMPLERS, build_plan, first_row_at
 from accel.samplers.noise import INITIAL_ROW, gaussian
 from accel.samplers.plans import Plan
-from accel.samplers.schedules import SPACINGS, ConsistencySchedule, NoiseSchedule
+from accel.samplers.schedules import SPACINGS, ConsistencySchedule, LatentConsistencySchedule, NoiseSchedule
 from tests.accel.against_diffusers import (
     SHAPE,
     Case,
@@ -34,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 SD = NoiseSchedule.from_betas("scaled_linear", 0.00085, 0.012, steps_offset=1, set_alpha_to_one=False)
 ZERO_SNR = NoiseSchedule.from_betas("scaled_linear", 0.00085, 0.012, rescale_zero_snr=True)
 CONSISTENCY = ConsistencySchedule.create()
+LATENT = LatentConsistencySchedule.on(ZERO_SNR, 0.029167, 80.0, {2: (80.0, 1.5)})
 
 
 @pytest.mark.parametrize(("sampler", "prediction", "spacing"), combinations())
@@ -80,6 +81,30 @@ def test_explicit_consistency_timesteps(timesteps: tuple[int, ...]) -> None:
     sigmas = [math.sqrt(1 / row.alpha**2 - 1) for row in plan.rows]
     assert sigmas == pytest.approx(scheduler.sigmas[:-1].tolist(), rel=1e-6)
     assert len(build_plan("consistency", schedule, 4, spacing="leading")) == 4
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_a_latent_consistency_plan_keeps_the_variance(steps: int) -> None:
+    """A perfect denoiser's x = alpha x0 + sqrt(1 - alpha^2) noise stays of that form, up to sigma_min's own noise."""
+    plan = build_plan("consistency", LATENT, steps, spacing="trailing")
+    assert plan.init_scale == pytest.approx(80 / math.hypot(1, 80))
+    assert (np.diff([row.alpha for row in plan.rows]) > 0).all()
+    assert (np.diff([row.t for row in plan.rows]) < 0).all()
+    for row, after in zip(plan.rows, [row.alpha for row in plan.rows[1:]], strict=False):
+        sigma = math.sqrt(1 / after**2 - 1)
+        assert (row.a, row.b, row.c) == (0, pytest.approx(after), 0)
+        assert row.s == pytest.approx(after * math.sqrt(sigma**2 - LATENT.sigma_min**2))
+    assert plan.rows[-1][2:] == (0, 1, 0, 0)
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "latent consistency"])
+def test_there_is_a_plan_of_the_most_steps_and_of_no_more(sampler: str) -> None:
+    name = sampler.removeprefix("latent ")
+    schedule = {"consistency": CONSISTENCY, "latent consistency": LATENT}.get(sampler, SD)
+    most = SAMPLERS[name].most_steps(schedule)
+    assert len(build_plan(name, schedule, most, spacing="trailing")) == most
+    with pytest.raises(ValueError, match=f"allowed: 1 to {most}"):
+        build_plan(name, schedule, most + 1, spacing="trailing")
 
 
 def test_forty_staggered_pictures_in_batches_equal_their_solo_runs() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accel.samplers.betas import BETA_SCHEDULES
-from accel.samplers.schedules import ConsistencySchedule, NoiseSchedule, spaced_timesteps
+from accel.samplers.schedules import ConsistencySchedule, LatentConsistencySchedule, NoiseSchedule, spaced_timesteps
 
 SD_CONFIG = {
     "_class_name": "PNDMScheduler",
@@ -28,6 +28,12 @@ SD_CONFIG = {
 }
 SD = NoiseSchedule.from_config(SD_CONFIG)
 CONSISTENCY = ConsistencySchedule.create()
+LATENT = LatentConsistencySchedule.on(
+    NoiseSchedule.from_betas("scaled_linear", 0.00085, 0.012, rescale_zero_snr=True),
+    0.029167,
+    80.0,
+    {1: (80.0,), 2: (80.0, 1.5)},
+)
 
 
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
@@ -139,3 +145,38 @@ def test_trailing_spacing_gives_the_steps_that_were_asked_for() -> None:
 def test_a_schedule_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="read-only"):
         SD.alphas_cumprod[0] = 0.5
+
+
+@given(st.floats(0.0292, 80))
+def test_a_latent_consistency_timestep_has_its_sigma(sigma: float) -> None:
+    (t,) = LATENT.timesteps_of(np.array([sigma]))
+    below = int(t)
+    logs = np.log(LATENT.sigmas[below : below + 2].astype(np.float64))
+    assert logs[0] + (t - below) * (logs[1] - logs[0]) == pytest.approx(math.log(sigma), abs=1e-4)
+
+
+def test_latent_consistency_time_points_are_the_searched_ones_or_karras() -> None:
+    assert LATENT.sampling_sigmas(1).tolist() == [80.0]
+    assert LATENT.sampling_sigmas(2).tolist() == [80.0, 1.5]
+    roots = LATENT.sampling_sigmas(4) ** (1 / 7)
+    assert roots[0] ** 7 == pytest.approx(80)
+    assert np.diff(roots) == pytest.approx(np.full(3, (0.029167 ** (1 / 7) - 80 ** (1 / 7)) / 4))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "searched", "message"),
+    [
+        (0.002, 80.0, {}, r"sigma_min: 0.002 .*allowed: from 0.02916"),
+        (0.03, 5000.0, {}, "sigma_max: 5000.0; allowed: .* to 4096"),
+        (2.0, 1.0, {}, "sigma_min below sigma_max"),
+        (0.03, 80.0, {2: (80.0,)}, "sigmas for 2 steps"),
+        (0.03, 80.0, {2: (1.0, 1.0)}, "strictly decreasing"),
+        (0.03, 80.0, {1: (81.0,)}, "from sigma_max = 80.0"),
+        (0.03, 80.0, {1: (0.02,)}, "to sigma_min = 0.03"),
+    ],
+)
+def test_latent_consistency_noise_is_that_of_the_schedule(
+    low: float, high: float, searched: dict[int, tuple[float, ...]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        LatentConsistencySchedule.on(LATENT, low, high, searched)

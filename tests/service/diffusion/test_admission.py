@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from models.diffusion.model import SamplerDefaults
+from models.diffusion.model import SamplerDefaults, StudentLora
 from service.config import EngineSettings
 from service.diffusion.admission import resolve
 from service.diffusion.request import MAX_SEED, Draft, ImageRequest
@@ -20,6 +20,17 @@ CLASSES = replace(
     default_sampler="consistency",
     samplers={"consistency": SamplerDefaults(steps=1, guidance_scale=1.0, spacing="trailing")},
 )
+DISTILLED = SamplerDefaults(steps=2, guidance_scale=3.0, spacing="trailing", max_steps=40, fixed_guidance=True)
+STUDENTS = replace(
+    CARD,
+    samplers={**CARD.samplers, "consistency": DISTILLED},
+    loras=("fast", "ink", "tuned"),
+    student_loras={
+        "fast": StudentLora("lcm", replace(DISTILLED, steps=4, guidance_scale=2.5, max_steps=50)),
+        "tuned": StudentLora("consistency", replace(DISTILLED, guidance_scale=1.0)),
+    },
+)
+BY_LORA = replace(CARD, samplers={**CARD.samplers, "lcm": SamplerDefaults(4, 1.0, "trailing", needs_lora=True)})
 LIMITS = EngineSettings(max_pixels=256 * 256)
 
 
@@ -123,6 +134,62 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(fields, param, allow
     assert caught.value.status == 422
     assert caught.value.message.startswith(f"{param}: ")
     assert allowed in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"sampler": "consistency"}, ("consistency", 2, 3.0)),
+        ({"sampler": "consistency", "guidance_scale": 3.0, "num_inference_steps": 40}, ("consistency", 40, 3.0)),
+        ({"sampler": "lcm", "guidance_scale": 9.0}, ("lcm", 4, 9.0)),
+        ({"loras": (("fast", 1.0),)}, ("lcm", 4, 2.5)),
+        ({"loras": (("fast", 0.5), ("ink", 1.0)), "sampler": "lcm"}, ("lcm", 4, 2.5)),
+        ({"loras": (("tuned", 1.0),), "guidance_scale": 1.0}, ("consistency", 2, 1.0)),
+        ({"loras": (("ink", 1.0),)}, ("ddim", 20, 5.0)),
+    ],
+)
+def test_a_student_brings_its_sampler_steps_and_guidance(fields, expected):
+    request = resolved(STUDENTS, **fields)
+    assert (request.sampler, request.steps, request.guidance_scale) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"sampler": "consistency", "guidance_scale": 5.0},
+            "guidance_scale: 5.0 is not allowed; 3 or nothing: this network for the sampler consistency was distilled",
+        ),
+        ({"loras": (("fast", 1.0),), "guidance_scale": 1.0}, "guidance_scale: 1.0 is not allowed; 2.5 or nothing"),
+        (
+            {"sampler": "consistency", "num_inference_steps": 41},
+            "num_inference_steps: 41 is not allowed; 1 to 40 with the sampler consistency",
+        ),
+        ({"sampler": "consistency", "num_inference_steps": 0}, "num_inference_steps: 0 is not allowed; 1 to 40"),
+        ({"sampler": "consistency", "eta": 0.5}, "eta: 0.5 is not allowed; only the sampler ddim"),
+        (
+            {"sampler": "ddim", "loras": (("fast", 1.0),)},
+            "loras: 'fast' is not allowed; it was made for the sampler lcm, not for ddim",
+        ),
+        (
+            {"loras": (("fast", 1.0), ("tuned", 1.0))},
+            "loras: ['fast', 'tuned'] is not allowed; at most one of them",
+        ),
+    ],
+)
+def test_what_a_student_cannot_do_is_named(fields, message):
+    with pytest.raises(InputError) as caught:
+        resolved(STUDENTS, **fields)
+    assert caught.value.message.startswith(message)
+    assert caught.value.status == 422
+
+
+def test_a_sampler_that_needs_a_lora_is_refused_without_one():
+    assert resolved(BY_LORA, sampler="lcm", loras=(("ink", 1.0),), guidance_scale=1.5).guidance_scale == 1.5
+    with pytest.raises(
+        InputError, match=r"sampler: 'lcm' is not allowed; .* with a LoRA made for it; loaded: ink, moss"
+    ):
+        resolved(BY_LORA, sampler="lcm")
 
 
 @pytest.mark.parametrize("label", [None, -1, 10])

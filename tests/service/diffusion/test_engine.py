@@ -97,7 +97,9 @@ def test_a_picture_is_what_its_plan_says(sampler, monkeypatch):
     one = request(sampler=sampler, steps=6, guidance_scale=2.5, seed=11, eta=0.5 if sampler == "ddim" else 0.0)
     model = ToyModel()
     defaults = model.card.samplers[sampler]
-    plan = quiet_plan(sampler, model.schedule, 6, spacing=defaults.spacing, karras=defaults.karras, eta=one.eta)
+    plan = quiet_plan(
+        sampler, model.schedule(sampler), 6, spacing=defaults.spacing, karras=defaults.karras, eta=one.eta
+    )
     (condition,) = model.encode([(one.prompt, "")], [2.5], sampler, (64, 64))
     shape, seed = (CHANNELS, 4, 4), torch.tensor([11])
     x = gaussian(seed, -1, shape) * plan.init_scale

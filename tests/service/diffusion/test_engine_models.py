@@ -49,6 +49,44 @@ def test_every_picture_of_a_mixed_batch_is_its_solo_run(kind, tmp_path: Path):
             assert difference <= 2, f"{key}: {difference}"
 
 
+def test_a_batch_of_a_bundles_students_is_their_solo_runs(tmp_path: Path):
+    """The teacher, its LCM student, the consistency model, and the LCM-LoRA on the teacher, step by step together."""
+    folder = tiny.bundle_with_loras(tmp_path / "bundle")
+    model = load_model(str(folder), dtype="float32", device="cpu", cache_dir=tmp_path / "cache")
+    lcm_lora = (("lcm-lora", 1.0),)
+    drafts = [
+        Draft(prompt="a red apple", sampler="lcm", num_inference_steps=3, guidance_scale=5.0, seed=1),
+        Draft(prompt="a blue fox", sampler="ddim", num_inference_steps=5, seed=2, negative_prompt="cat"),
+        Draft(prompt="two dogs", sampler="consistency", num_inference_steps=2, seed=3, n=2),
+        Draft(prompt="a cat", sampler="consistency", num_inference_steps=4, seed=4),
+        Draft(prompt="two dogs", loras=lcm_lora, num_inference_steps=4, seed=3, negative_prompt="cat"),
+        Draft(prompt="two dogs", sampler="lcm", num_inference_steps=4, seed=3),
+        Draft(prompt="a tiny fox", loras=(("tuned", 0.5),), num_inference_steps=3, seed=6),
+    ]
+    requests = [resolve(draft, model.card, SETTINGS, id=str(i), random_seed=0) for i, draft in enumerate(drafts)]
+    assert [request.sampler for request in requests[4:]] == ["lcm", "lcm", "consistency"]
+    together = draw(model, requests)
+    assert np.abs(together["4", 0].astype(int) - together["5", 0].astype(int)).max() > 20
+    for request in requests:
+        for key, alone in draw(model, [request]).items():
+            difference = np.abs(alone.astype(int) - together[key].astype(int)).max()
+            assert difference <= 2, f"{key}: {difference}"
+
+
+def test_a_distilled_guidance_costs_one_evaluation_a_step_and_says_what_it_ignores(tmp_path: Path):
+    folder = tiny.bundle_with_loras(tmp_path / "bundle")
+    model = load_model(str(folder), dtype="float32", device="cpu", cache_dir=tmp_path / "cache")
+    engine = DiffusionEngine(model, SETTINGS)
+    for i, loras in enumerate([(), (("lcm-lora", 1.0),)]):
+        sampler = None if loras else "consistency"
+        draft = Draft(prompt="a cat", negative_prompt="dull", sampler=sampler, loras=loras, num_inference_steps=3)
+        engine.add(resolve(draft, model.card, SETTINGS, id=str(i), random_seed=0))
+    events = drain(engine)
+    assert [event.evaluations for event in events if isinstance(event, Image)] == [3, 3]
+    warnings = [event.warnings for event in events if isinstance(event, Completed)]
+    assert all("negative_prompt: it has no effect" in warning for (warning,) in warnings)
+
+
 def test_a_class_conditional_consistency_model_draws_the_class_asked_for(tmp_path: Path):
     model = load_model(
         str(tiny.consistency(tmp_path / "cm", num_classes=3)),

@@ -33,7 +33,7 @@ CARD = ModelCard(
         "euler_a": SamplerDefaults(steps=20, guidance_scale=5.0, spacing="trailing"),
         "dpmpp_2m": SamplerDefaults(steps=10, guidance_scale=5.0, spacing="linspace", karras=True),
         "dpmpp_2m_sde": SamplerDefaults(steps=10, guidance_scale=5.0, spacing="linspace"),
-        "lcm": SamplerDefaults(steps=4, guidance_scale=1.5, spacing="trailing"),
+        "lcm": SamplerDefaults(steps=4, guidance_scale=1.5, spacing="trailing", max_steps=50),
     },
     loras=("ink", "moss"),
 )
@@ -53,7 +53,7 @@ class ToyModel:
 
     def __init__(self, card: ModelCard = CARD) -> None:
         self.card = card
-        self.schedule = NoiseSchedule.from_config(
+        self._schedule = NoiseSchedule.from_config(
             {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
         )
         self.device = torch.device("cpu")
@@ -70,8 +70,11 @@ class ToyModel:
         self.loras: tuple[tuple[str, float], ...] = ()
         self._networks = {"base": ToyDenoiser(self, "base", 1.0), "student": ToyDenoiser(self, "student", 0.7)}
 
-    def denoiser(self, sampler: str) -> ToyDenoiser:
+    def denoiser(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> ToyDenoiser:
         return self._networks["student" if sampler == "lcm" else "base"]
+
+    def schedule(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> NoiseSchedule:
+        return self._schedule
 
     def encode(
         self, prompts: Sequence[tuple[str, str]], guidance_scales: Sequence[float], sampler: str, size: tuple[int, int]

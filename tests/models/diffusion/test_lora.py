@@ -17,7 +17,7 @@ from models.diffusion.loaded import LoadedModel
 from models.diffusion.loading import load_model
 from models.errors import LoraError
 from tests import tiny
-from tests.models.test_equivalence import LEAST_PSNR, draw, noise_for, psnr, stock
+from tests.models.diffusion.test_equivalence import LEAST_PSNR, draw, noise_for, psnr, stock
 
 UNET_LAYERS = ("attn1.to_q", "attn2.to_v", "ff.net.0.proj")
 TEXT_LAYERS = ("q_proj", "out_proj", "fc1")  # diffusers knows kohya's attention layers by their out_proj

@@ -252,7 +252,7 @@ def test_hub_id_and_revision(
     model = load("nobody/tiny", revision=revision, cache_dir=tmp_path)
     assert (model.card.name, model.card.source) == ("nobody/tiny", "nobody/tiny")
     assert model.card.revision == commits[revision or "main"]
-    assert model.schedule.steps_offset == (0 if revision else 1)
+    assert model.schedule("ddim").steps_offset == (0 if revision else 1)
 
 
 def test_auto_dtype_is_one_of_two_on_cpu(whole: Path) -> None:

@@ -21,14 +21,16 @@ from models.diffusion.folder import quiet_libraries
 from models.diffusion.loading import load_model
 from models.errors import ModelError
 from tests import tiny
-from tests.models.test_equivalence import LEAST_PSNR, draw, noise_for, psnr, stock
+from tests.models.diffusion.test_equivalence import LEAST_PSNR, draw, noise_for, psnr, stock
 
+EXTRA = ("scorer/config.json", "eval/held-out.jsonl")  # what a bundle holds besides, and stock pipelines do not know
 PACKAGE = "headstart-test-tower"
 MEMBERS = {"text_encoder/model.safetensors": "tower/model.safetensors", "tokenizer/vocab.txt": "tower/vocab.txt"}
 SERVING = {
     "default_sampler": "lcm",
     "samplers": {
         "lcm": {"steps": 4, "guidance_scale": 2.0, "spacing": "trailing"},
+        "consistency": {"steps": 2, "guidance_scale": 3.0, "spacing": "trailing"},
         "ddim": {"steps": 50, "guidance_scale": 3.0, "spacing": "trailing"},
     },
 }
@@ -58,7 +60,10 @@ def make_wheel(folder: Path, model: Path) -> Path:
 def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle's own folder in `bundle`, and the index that has its text tower in `index`."""
     base = tmp_path_factory.mktemp("origin")
-    model = tiny.bundle(base / "model")
+    model = tiny.bundle_with_loras(base / "model")
+    for name in EXTRA:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text('{"a": 1}\n')
     make_wheel(base / "index", model)
     files = {
         file: {"size": (model / file).stat().st_size, "sha256": sha256(model / file), "source": "text tower"}
@@ -72,10 +77,11 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hub_files": {file: Path(file).name for file in MEMBERS},
     }
     root = Path(shutil.copytree(model, base / "bundle"))
-    for file in (*MEMBERS, "model_index.json"):
+    for file in (*MEMBERS, "model_index.json", MANIFEST):
         (root / file).unlink()
     manifest = {"name": "tiny-v1", "version": "1.0.0", "description": "a tiny bundle", "licence": "none"}
     rest = {"sources": {"text tower": source}, "files": files, "serving": SERVING, "training": {}}
+    rest |= tiny.MANIFEST
     (root / MANIFEST).write_text(json.dumps(manifest | rest))
     seal(root)
     return base
@@ -111,6 +117,10 @@ def test_pull_then_load_and_draw_as_the_stock_pipelines(
     card = model.card
     assert (card.name, card.revision, card.default_sampler) == ("tiny-v1", "1.0.0", "lcm")
     assert (card.samplers["ddim"].steps, card.samplers["ddim"].guidance_scale) == (50, 3.0)
+    assert (card.samplers["consistency"].steps, card.samplers["consistency"].fixed_guidance) == (2, True)
+    assert card.loras == ("lcm-lora", "tuned")
+    for file in EXTRA:
+        assert (folder / file).read_text() == '{"a": 1}\n'
 
     noise, prompt = noise_for(model, 1), "a red apple"
     student = student_folder(read_manifest(roots["tiny"]), tmp_path)

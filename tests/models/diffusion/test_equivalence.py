@@ -52,19 +52,27 @@ def noise_for(model: LoadedModel, rows: int) -> torch.Tensor:
 def draw(
     model: LoadedModel, sampler: str, steps: int, conditions: list[Condition], noise: torch.Tensor, seed: int = 0
 ) -> np.ndarray:
-    """What the engine does, for one batch with one plan."""
-    defaults = model.card.samplers[sampler]
-    plan = build_plan(sampler, model.schedule, steps, spacing=defaults.spacing, karras=defaults.karras, eta=0.0)
+    """What the engine does, for one batch with one plan, under the LoRA set in use."""
+    return model.decode(denoise(model, sampler, steps, conditions, noise, seed)).numpy()
+
+
+def denoise(
+    model: LoadedModel, sampler: str, steps: int, conditions: list[Condition], noise: torch.Tensor, seed: int = 0
+) -> torch.Tensor:
+    """The same up to the latents."""
+    loras = model.loras.active
+    defaults, schedule = model.card.defaults(sampler, loras), model.schedule(sampler, loras)
+    plan = build_plan(sampler, schedule, steps, spacing=defaults.spacing, karras=defaults.karras, eta=0.0)
     generator = torch.Generator().manual_seed(seed)
     x, previous = noise * plan.init_scale, torch.zeros_like(noise)
     for row in plan.rows:
         t, alpha = torch.full((len(x),), row.t), torch.full((len(x),), row.alpha)
-        denoised = model.denoiser(sampler)(x, t, alpha, conditions)
+        denoised = model.denoiser(sampler, loras)(x, t, alpha, conditions)
         x = row.a * x + row.b * denoised + row.c * previous
         if row.s:
             x = x + row.s * torch.randn(x.shape, generator=generator)
         previous = denoised
-    return model.decode(x).numpy()
+    return x
 
 
 def psnr(pictures: np.ndarray, expected: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from models.diffusion.folder import quiet_libraries, read_folder
 from models.diffusion.loading import load_model
 from models.diffusion.text import CACHED_PROMPTS, TextEncoder, load_text
 from tests import tiny
-from tests.models.test_equivalence import stock
+from tests.models.diffusion.test_equivalence import stock
 
 PROMPTS = ["a red apple", "", "two tiny foxes on a blue background"]
 
