@@ -73,7 +73,7 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
     assert min(seconds) < 0.3
 
 
-@pytest.mark.parametrize("command", [["serve"], ["generate"], ["models"], ["models", "pull"], ["show"]])
+@pytest.mark.parametrize("command", [["serve"], ["generate"], ["eval"], ["models"], ["models", "pull"], ["show"]])
 def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])

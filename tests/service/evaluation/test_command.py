@@ -18,7 +18,7 @@ from models.scorer.loading import save_scorer
 from models.scorer.network import ScorerNetwork
 from service import logs
 from service.cli import main
-from service.evaluation import command
+from service.evaluation import material
 from service.pictures import read_recipe
 from tests import tiny
 
@@ -60,7 +60,7 @@ def evaluated(model: Path, *arguments: str) -> int:
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
     out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if not line.startswith("loading ")]
+    lines = [line for line in err.splitlines() if not line.startswith(("loading ", "the scorer is"))]
     assert out == ""
     assert len(lines) == 1
     return lines[0].removeprefix("headstart: ")
@@ -70,7 +70,7 @@ def test_figures_files_and_table(home: Path, tmp_path: Path, capsys: pytest.Capt
     out = tmp_path / "new" / "folder"
     assert evaluated(home, "--out", str(out), "--pictures", "--sheet", "--seed", "40") == 0
     printed, err = capsys.readouterr()
-    assert "loading the scorer of tiny-bundle" in err
+    assert "the scorer is that of tiny-bundle" in err
     title, header, *groups = printed.splitlines()
     assert title == "tiny-bundle: lcm, 2 steps, guidance 2, 64x64"
     assert header.split() == ["group", "n", "score", "objects", "colours", "count", "style", "all"]
@@ -129,13 +129,13 @@ def test_results_of_an_earlier_run_do_not_outlive_it(home: Path, tmp_path: Path)
 def test_a_model_without_a_scorer_is_judged_by_the_default_models(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "bundle_path", lambda name, cache_dir: home)
+    monkeypatch.setattr(material, "bundle_path", lambda name, cache_dir: home)
     prompts = tmp_path / "mine.txt"
     prompts.write_text("a red fox\ntwo cats\na dog\n")
     stranger = tiny.sd(tmp_path / "stranger")
     out = tmp_path / "out"
     assert evaluated(stranger, "--prompts", str(prompts), "--limit", "2", "--out", str(out), "--sampler", "ddim") == 0
-    assert "loading the scorer of tiny-bundle" in capsys.readouterr().err
+    assert "the scorer is that of tiny-bundle" in capsys.readouterr().err
     results = json.loads((out / "results.json").read_text())
     assert results["model"]["name"] == "stranger"
     assert results["scorer"] == str(home / "scorer")
@@ -176,7 +176,7 @@ def test_names_that_the_scorer_does_not_know(home: Path, tmp_path: Path, capsys:
 def test_models_that_take_no_prompts(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "bundle_path", lambda name, cache_dir: home)
+    monkeypatch.setattr(material, "bundle_path", lambda name, cache_dir: home)
     model = tiny.consistency(tmp_path / "tiny", num_classes=3)
     assert evaluated(model, "--out", str(tmp_path)) == 2
     assert told(capsys).startswith("--model: tiny takes no prompts")
