@@ -135,7 +135,9 @@ def _own_colours(concepts: Sequence[Concept]) -> list[Options]:
     taken = {word for concept in concepts for word in concept.words}
     rows: list[Options] = []
     for concept in concepts:
-        colours = [colour for colour in concept.colours if taken.isdisjoint(f"{colour} {w}" for w in concept.words)]
+        # Of several colours, a drawing may have any one.
+        certain = concept.colours if len(concept.colours) == 1 else ()
+        colours = [colour for colour in certain if taken.isdisjoint(f"{colour} {word}" for word in concept.words)]
         rows.append([(0.85, ""), *((0.15 / len(colours), colour) for colour in colours)])
     return rows
 
@@ -262,6 +264,7 @@ class CaptionWriter:
         lead = self._lead.draw(form)
         lead = torch.where(several, lead[:, 1], lead[:, 0])
         out[Slot.LEAD] = torch.where(out[Slot.LEAD] > 0, out[Slot.LEAD], lead)
+        out[Slot.SUFFIX] = torch.where(out[Slot.LEAD] > 0, 0, out[Slot.SUFFIX])  # no "emoji of a cat emoji"
 
     def _write_group(
         self, scenes: Scenes, group: torch.Tensor, form: torch.Tensor, out: dict[Slot, torch.Tensor], shift: int

@@ -14,11 +14,12 @@ Options = Sequence[Option]
 _OPENINGS = (
     (6, "a picture of"), (4, "an emoji of"), (3, "draw"), (3, "an image of"), (3, "a drawing of"), (2, "draw me"),
     (2, "an illustration of"), (2, "an icon of"), (1, "show me"), (1, "i want"), (1, "please draw"), (1, "picture of"),
-    (1, "emoji of"), (1, "a cartoon of"), (1, "make"), (1, "here is"), (1, "*a depiction of"), (1, "*can you sketch"),
+    (1, "emoji of"), (1, "a cartoon of"), (1, "make"), (1, "*a depiction of"), (1, "*can you sketch"),
     (1, "*let me see"),
 )  # fmt: skip
 LEAD: Options = (
-    (65, "", ""), (8, "there is", "there are"), *((weight, text, text) for weight, text in _OPENINGS)
+    (65, "", ""), (8, "there is", "there are"), (1, "here is", "here are"),
+    *((weight, text, text) for weight, text in _OPENINGS)
 )  # fmt: skip
 TELEGRAM_LEAD: Options = ((92, ""), (4, "emoji of"), (2, "draw"), (2, "picture of"))
 
