@@ -107,7 +107,7 @@ class Stage:
         self._mixtures = torch.tensor(_MIXTURES, device=device)
         self._contrast = torch.cdist(self.colours, self.colours) >= _CONTRAST
 
-        drawn = pack.counts.numpy() > 0
+        drawn = pack.counts.cpu().numpy() > 0
         tintable = np.array([concept.tintable for concept in concepts])
         coloured = np.repeat(drawn[:, :, None], len(COLOURS), 2)
         coloured[:, :, WHITE] = False
