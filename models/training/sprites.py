@@ -24,11 +24,10 @@ PACKAGES = {
     "twemoji": ("twemoji", "1.2.5"),
 }
 SIZE = 384
-_PROBE = 128  # a sprite's extent is measured on a drawing of this many pixels a side
+_PROBE = 96  # a sprite's extent is measured on a drawing of this many pixels a side
 _MARGIN = 0.02
 _VISIBLE = 16  # alpha of 255 below which a pixel does not count towards the extent
 _QUALITY = 88
-_PROCESSES = 2
 
 
 @dataclass(frozen=True)
@@ -96,27 +95,21 @@ def _draw(svg: str, side: int) -> Image.Image:
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
-def _render(icon: _Icon) -> bytes:
-    """The icon trimmed to what shows of it, centred in SIZE x SIZE, as WebP with alpha."""
+def _render(icon: _Icon, path: Path) -> None:
+    """The icon trimmed to what shows of it, centred in SIZE x SIZE, as WebP with alpha at `path`."""
     left, top, width, height = icon.box
-    unit = max(width, height) / _PROBE
-    square = (left - (max(width, height) - width) / 2, top - (max(width, height) - height) / 2)
-    alpha = np.asarray(_draw(icon.svg((*square, unit * _PROBE, unit * _PROBE)), _PROBE))[..., 3] >= _VISIBLE
+    side = max(width, height)
+    unit, corner = side / _PROBE, np.array([left - (side - width) / 2, top - (side - height) / 2])
+    alpha = np.asarray(_draw(icon.svg((*corner.tolist(), side, side)), _PROBE))[..., 3] >= _VISIBLE
     columns, rows = np.flatnonzero(alpha.any(0)), np.flatnonzero(alpha.any(1))
-    first = np.array([columns[0], rows[0]])
-    last = np.array([columns[-1], rows[-1]]) + 1
-    side = float((last - first).max()) * (1 + 2 * _MARGIN)
-    x, y = ((first + last - side) / 2 * unit + np.array(square)).tolist()
-    picture = _draw(icon.svg((x, y, side * unit, side * unit)), SIZE)
-    return min(
-        (_coded(picture, lossless) for lossless in (False, True)), key=len
-    )  # flat areas are smaller without loss
-
-
-def _coded(picture: Image.Image, lossless: bool) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, "WEBP", lossless=lossless, quality=_QUALITY, alpha_quality=90, method=6)
-    return out.getvalue()
+    first, last = np.array([columns[0], rows[0]]), np.array([columns[-1], rows[-1]]) + 1
+    trimmed = float((last - first).max()) * (1 + 2 * _MARGIN)
+    x, y = (corner + (first + last - trimmed) / 2 * unit).tolist()
+    picture = _draw(icon.svg((x, y, trimmed * unit, trimmed * unit)), SIZE)
+    # Drawings of even areas are smaller without loss; the shaded ones of 3d are a quarter the size with it.
+    partial = path.with_suffix(".partial")
+    picture.save(partial, "WEBP", lossless=path.parent.name != "3d", quality=_QUALITY, alpha_quality=90, method=4)
+    partial.replace(path)
 
 
 def _sprites(concepts: Sequence[Concept]) -> list[tuple[str, str]]:
@@ -130,32 +123,33 @@ def _sprites(concepts: Sequence[Concept]) -> list[tuple[str, str]]:
 
 
 def make_pack(data: Path, concepts: Sequence[Concept]) -> Path:
-    """Render every drawing of every concept into `data`/sprites.zip, keeping those already there; return its path.
+    """Render every drawing of every concept into `data`/sprites.zip; return its path.
 
-    Raises KeyError where a package has no icon of the name that the table gives.
+    Drawings rendered before lie in `data`/sprites and are kept. Raises KeyError where a package has no icon of the name
+    that the table gives.
     """
-    path = data / "sprites.zip"
-    names = [f"{style}/{icon}.webp" for style, icon in _sprites(concepts)]
-    kept: dict[str, bytes] = {}
+    path, folder = data / "sprites.zip", data / "sprites"
+    sprites = _sprites(concepts)
+    names = [f"{style}/{icon}.webp" for style, icon in sprites]
     if path.exists():
         with zipfile.ZipFile(path) as pack:
-            kept = {name: pack.read(name) for name in set(names) & set(pack.namelist())}
             if set(names) == set(pack.namelist()):
                 return path
     packages = {style: _icons(_archive(data, style)) for style in STYLES}
     for concept in concepts:
         for style, own in zip(STYLES, concept.drawings, strict=True):
+            (folder / style).mkdir(parents=True, exist_ok=True)
             for icon in own:
                 if icon not in packages[style]:
                     raise KeyError(f"{concept.name}: {'-'.join(PACKAGES[style])} ({style}) has no icon {icon}")
-    missing = [name for name in names if name not in kept]
-    icons = [packages[style][icon] for style, icon in _sprites(concepts) if f"{style}/{icon}.webp" not in kept]
-    with ProcessPoolExecutor(_PROCESSES) as pool:
-        kept |= zip(missing, pool.map(_render, icons, chunksize=16), strict=True)
+    missing = [(packages[style][icon], folder / style / f"{icon}.webp") for style, icon in sprites]
+    missing = [(icon, file) for icon, file in missing if not file.exists()]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(_render, *zip(*missing, strict=True), chunksize=16))
     partial = path.with_suffix(".partial")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as pack:
         for name in names:
-            pack.writestr(name, kept[name])
+            pack.write(folder / name, name)
     partial.replace(path)
     return path
 
