@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from models.diffusion.folder import read_json
 from models.scorer import Scorer
-from models.scorer.loading import save_scorer
+from models.scorer.config import Thresholds
+from models.scorer.loading import CONFIG, save_scorer
 from models.training import export, sheets
 from models.training.captions import CaptionWriter, describe, vocabulary
 from models.training.checkpoints import Checkpoints
@@ -34,6 +36,7 @@ from models.training.teacher import train_teacher
 from models.training.text import TextTower, load_minilm, tiny_tower, unpack_minilm
 from models.training.timepoints import STEPS, search
 from models.training.vae import VaeMoments, decode, train_vae
+from models.training.validation import calibrate
 from models.training.validation import calibrate
 
 LORAS = ("lcm-lora", "consistency", "consistency-training")
@@ -264,7 +267,7 @@ class Run:
                 bundle / "scorer", weights, sizes_of(preset, self.tower.width), vocabulary_of(self.scenes), thresholds
             )
             scorer = make_scorer(preset, weights, self.scenes, self.tower, thresholds)
-            prompts = describe(self.scenes.sample(_SEARCHED), self._concepts)
+            prompts = describe(self.scenes.sample(min(_SEARCHED, self._preset.unet_batch)), self._concepts)
             points = {
                 name: self._time_points(name, scorer, prompts) for name in ("consistency", "consistency-training")
             }
@@ -279,9 +282,12 @@ class Run:
         """The evaluation prompts and what real renders reach; then everything that is to leave the machine."""
         if self._ranks.main:
             weights = self._weights("scorer")
-            scorer = make_scorer(self._preset, weights, self.scenes, self.tower)
+            config = self._out / "bundle" / "scorer" / CONFIG
+            thresholds = Thresholds.parse(read_json(config)["thresholds"], config)
+            scorer = make_scorer(self._preset, weights, self.scenes, self.tower, thresholds)
+            writer = CaptionWriter(self._concepts, self.tower, unseen=True)
             make_reference(
-                self._out / "bundle" / "eval", self.scenes, self.writer, scorer, self.vae, self._preset.resolution
+                self._out / "bundle" / "eval", self.scenes, writer, scorer, self.vae, self._preset.resolution
             )
             export.pack(self._out)
         self._ranks.barrier()

@@ -44,8 +44,8 @@ def shares(
 
 
 @torch.no_grad()
-def _renders(stage: Stage, rows: Sequence[Mapping[str, Any]], side: int, vae: AutoencoderKL | None) -> torch.Tensor:
-    """Real renders [N, 3, side, side] of records, seen through `vae` if one is given; on the CPU, to save the device."""
+def _renders(stage: Stage, rows: Sequence[dict[str, Any]], side: int, vae: AutoencoderKL | None) -> torch.Tensor:
+    """Real renders [N, 3, side, side] of records, through `vae` if one is given; on the CPU, to save the device."""
     scenes = scenes_of(rows, stage)
     out = []
     for start in range(0, len(rows), _CHUNK):
@@ -65,7 +65,8 @@ def make_reference(
 ) -> dict[str, Any]:
     """Write the evaluation prompts, the statistics of real renders, and the ceilings; returns the ceilings.
 
-    The ceilings are what the scorer says of real renders, and of real renders that have been through the VAE.
+    `writer` writes wordings kept out of training too. The ceilings are what the scorer says of real renders, and of
+    real renders that have been through the VAE.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(_SEED)

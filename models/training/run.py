@@ -1,7 +1,7 @@
 """The whole recipe, one command:  python -m models.training.run --data .data --out out/training
 
 It starts one process a GPU, and every stage saves its progress and resumes. --stage takes one stage or several with
-commas between them, so that stages that need not wait for each other can run on GPUs of their own (CUDA_VISIBLE_DEVICES).
+commas between them, so that stages that need not wait for one another can each have some GPUs (CUDA_VISIBLE_DEVICES).
 --miniature does it all on the CPU in minutes, on drawn shapes; --smoke runs every stage at full size for seconds;
 --rehearse runs a smoke beside the real run, so that later stages' faults show while the VAE still trains and their
 graphs are compiled before they are needed. Two stages are not part of "all": carry collects what a machine without a
