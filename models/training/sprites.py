@@ -27,7 +27,7 @@ SIZE = 384
 _PROBE = 96  # a sprite's extent is measured on a drawing of this many pixels a side
 _MARGIN = 0.02
 _VISIBLE = 16  # alpha of 255 below which a pixel does not count towards the extent
-_QUALITY = 88
+_QUALITY = 80
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def _render(icon: _Icon, path: Path) -> None:
     trimmed = float((last - first).max()) * (1 + 2 * _MARGIN)
     x, y = (corner + (first + last - trimmed) / 2 * unit).tolist()
     picture = _draw(icon.svg((x, y, trimmed * unit, trimmed * unit)), SIZE)
-    # Drawings of even areas are smaller without loss; the shaded ones of 3d are a quarter the size with it.
+    lossless = path.parent.name in ("flat", "twemoji")  # even areas are smaller so, shaded ones are not
     partial = path.with_suffix(".partial")
-    picture.save(partial, "WEBP", lossless=path.parent.name != "3d", quality=_QUALITY, alpha_quality=90, method=4)
+    picture.save(partial, "WEBP", lossless=lossless, quality=_QUALITY, alpha_quality=90, method=4)
     partial.replace(path)
 
 
