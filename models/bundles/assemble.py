@@ -1,6 +1,7 @@
 """Laying a bundle out as folders that stock diffusers pipelines load.
 
-NAME/ is a StableDiffusionPipeline, with the student beside it in unet_lcm/ and scheduler_lcm/, which diffusers ignores.
+NAME/ is a StableDiffusionPipeline; what else the bundle holds lies beside it, where diffusers ignores it: the student
+in unet_lcm/ and scheduler_lcm/, students that are LoRA files in lora/, the scorer in scorer/, evaluation data in eval/.
 NAME-lcm/ is a LatentConsistencyModelPipeline of the student and the same other components.
 """
 

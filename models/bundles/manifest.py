@@ -4,6 +4,7 @@
      "sources":  {NAME: {"package", "version", "hub_id", "files": {PATH: MEMBER}, "hub_files": {PATH: FILE}, ...}},
      "files":    {PATH: {"size", "sha256", "source": NAME or null}},
      "serving":  {"default_sampler", "samplers": {NAME: {"steps", "guidance_scale", "spacing"}}},
+     "students": {SAMPLER: {"lora", ...}}, "loras": {NAME: {"file", ...}},  (models.diffusion.students; optional)
      "training": {...}}
 
 A file whose source is null lies in the bundle's own folder; the others are fetched from where their source says.

@@ -22,7 +22,7 @@ from accel.samplers.schedules import LatentConsistencySchedule, NoiseSchedule
 from models.diffusion import cards
 from models.diffusion.denoiser import ConsistencyDenoiser, LatentConsistencyDenoiser, TextDenoiser
 from models.diffusion.dtype import resolve_device, resolve_dtype
-from models.diffusion.folder import Folder, read_folder
+from models.diffusion.folder import Folder, quiet_libraries, read_folder
 from models.diffusion.loaded import LoadedModel, Network
 from models.diffusion.lora import LoraSet, fuse
 from models.diffusion.model import ModelCard, SamplerDefaults
@@ -211,7 +211,8 @@ def _fused(folder: Folder, lora: Path, device: torch.device, dtype: torch.dtype)
     """Another copy of the teacher with a LoRA added to its weights, in float32 before they are rounded to `dtype`."""
     unet = load_unet(folder, "unet", device, torch.float32)
     fuse(unet, lora)
-    return place(unet.to(dtype), device)
+    with quiet_libraries():  # diffusers warns of any change of dtype
+        return place(unet.to(dtype), device)
 
 
 def _student_network(folder: Folder, unet: Any, student: Student, scheduler: Mapping[str, Any]) -> Network:

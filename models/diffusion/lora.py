@@ -90,7 +90,7 @@ class LoraSet:
         strangers = [key for key in state if not key.startswith(tuple(f"{part}." for part in (UNET, *self._encoders)))]
         if strangers or not state:
             raise LoraError(f"LoRA file {path} has keys that fit nothing in this model: {listing(sorted(strangers))}")
-        arguments = {"network_alphas": alphas, "adapter_name": name, "metadata": metadata}
+        arguments = {"network_alphas": alphas, "adapter_name": name, "metadata": metadata, "low_cpu_mem_usage": True}
         filled = []
         for prefix, module in [*((UNET, network) for network in networks), *self._encoders.items()]:
             keys = sorted(key for key in state if key.startswith(f"{prefix}."))

@@ -75,6 +75,13 @@ def test_bundle_runs_lcm_on_its_student(tmp_path: Path) -> None:
     assert id(student) not in others
 
 
+def test_students_load_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.bundle_with_loras(tmp_path / "model")
+    capfd.readouterr()
+    assert load(folder, dtype="bfloat16").card.loras == ("lcm-lora", "tuned")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_weights_are_the_files(whole: Path) -> None:
     model = load(whole)
     loaded = model.denoiser("ddim")._unet.state_dict()  # type: ignore[union-attr]
