@@ -12,8 +12,12 @@ from models.training.distributed import Ranks
 from models.training.networks import LATENT_CHANNELS, build_unet
 from models.training.settings import MINIATURE
 
-PRESET = replace(MINIATURE, resolution=32, unet_batch=8, lora_batch=8, log_every=1000)
+PRESET = replace(
+    MINIATURE, resolution=32, unet_widths=(16, 16, 16), unet_groups=4, unet_batch=8, lora_batch=8, log_every=1000
+)
 WIDTH, LENGTH = 16, 6
+# Pictures so small are one token at the deepest level, whose self-attention has nothing to choose and no gradients.
+UNTAUGHT = ("attn1.to_q", "attn1.to_k")
 CPU = torch.device("cpu")
 
 
@@ -35,6 +39,14 @@ class Ticking:
 
 def ranks(clock: Ticking | None = None) -> Ranks:
     return Ranks(0, 1, CPU, 0.0, clock or Ticking())
+
+
+def taught(lora: dict[str, torch.Tensor]) -> bool:
+    """Whether every adapter that can learn has left the zero at which it started, and all are finite."""
+    return all(
+        bool(value.isfinite().all()) and (float(value.abs().max()) > 0 or any(part in key for part in UNTAUGHT))
+        for key, value in lora.items()
+    )
 
 
 class FakeRing:

