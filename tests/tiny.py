@@ -108,8 +108,7 @@ def bundle(folder: Path) -> Path:
         "rescale_betas_zero_snr": True,
         "timestep_spacing": "trailing",
     }
-    _bert_tokenizer(folder / "tokenizer")
-    _bert_text(folder / "text_encoder")
+    bert(folder)
     _unet(folder / "unet", cross_attention_dim=32)
     _unet(folder / "unet_lcm", cross_attention_dim=32, time_cond_proj_dim=16, seed=8)
     _vae(folder / "vae")
@@ -285,6 +284,12 @@ def _clip_text(
         initializer_factor=10.0,  # CLIP's own gain leaves tiny models indifferent to their prompt
     )
     _seeded(CLIPTextModelWithProjection if projection else CLIPTextModel, config, seed=seed).save_pretrained(folder)
+
+
+def bert(folder: Path) -> None:
+    """The tokenizer and text encoder of `bundle` alone."""
+    _bert_tokenizer(folder / "tokenizer")
+    _bert_text(folder / "text_encoder")
 
 
 def _bert_text(folder: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertModel
 
 from models.diffusion.folder import listing, load_module, one_line, quiet_libraries, read_json
+from models.diffusion.text import VOCABULARIES
 from models.errors import ModelError
 from models.scorer.config import Sizes, Thresholds, Vocabulary
 from models.scorer.network import ScorerNetwork
@@ -54,6 +55,8 @@ def load_scorer(folder: Path, text_encoder_folder: Path, tokenizer_folder: Path,
             f"{folder} was trained on text states of width {sizes.text_width}; "
             f"{text_encoder_folder} gives {encoder.config.hidden_size}"
         )
+    if not any(all((tokenizer_folder / file).is_file() for file in files) for files in VOCABULARIES):
+        raise ModelError(f"{tokenizer_folder} holds no vocabulary")
     try:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
