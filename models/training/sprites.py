@@ -28,6 +28,7 @@ _PROBE = 96  # a sprite's extent is measured on a drawing of this many pixels a 
 _MARGIN = 0.02
 _VISIBLE = 16  # alpha of 255 below which a pixel does not count towards the extent
 _QUALITY = 80
+_MORE = (0, 16, 48, 112, 200)  # pixels: resvg's filters panic at some sizes, one icon in some thousands
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,20 @@ def _icons(archive: Path) -> dict[str, _Icon]:
 
 
 def _draw(svg: str, side: int) -> Image.Image:
+    """RGBA of `side` x `side`. Raises ValueError where the renderer cannot draw it."""
     import resvg_py  # needed only where sprites are made, not where they are used
 
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True))
-    return Image.open(io.BytesIO(png)).convert("RGBA")
+    for more in _MORE:
+        try:
+            png = bytes(
+                resvg_py.svg_to_bytes(svg_string=svg, width=side + more, height=side + more, skip_system_fonts=True)
+            )
+        except BaseException as error:  # what a panic in Rust arrives as; its class cannot be imported
+            if type(error).__name__ != "PanicException":
+                raise
+            continue
+        return Image.open(io.BytesIO(png)).convert("RGBA").resize((side, side), Image.Resampling.LANCZOS)
+    raise ValueError(f"resvg draws this at no size from {side} on: {svg[:200]}")
 
 
 def _render(icon: _Icon, path: Path) -> None:
