@@ -290,7 +290,7 @@ class ScorerBatches:
         pictures, owners = self._stage.compose_with_owners(scenes, self._sizes.side, self._sizes.cells)
         if self._vae is not None:
             pictures = self._decoded(pictures, self._vae)
-        ids = torch.cat([self._writer.write(scenes), self._writer.write(altered(scenes, len(self._stage.concepts)))])
+        ids = self._writer.write(Scenes.cat([scenes, altered(scenes, len(self._stage.concepts))]))
         captions, wrong = sentences(self._tower, ids).chunk(2)
         same = (ids[: self._batch, None] == ids[None]).all(2)
         same.fill_diagonal_(False)
