@@ -1,0 +1,289 @@
+"""What a picture loses that starts from another prompt's half-denoised latent, by starting row and kind of prompt.
+
+    python bench/cache_start.py [--pairs 100] [--device cuda] [-o out/cache-start.json]
+
+The first prompt of a pair is drawn with 50 DDIM steps and its latent kept at every row K; the second, with another
+seed, is drawn from the latent at K on, and judged. At K = 0 it starts from its own noise. Then the same with LCM at
+4 steps, from its inner rows. Pairs are made from the bundle's evaluation prompts: the same prompt; one word changed,
+for a background's or an object's colour, for the object nearest in meaning or for another one; the same in other
+words; nothing in common. Scores are in percent of those at K = 0, and "all right" is the share of pictures without a
+fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from engine import describe
+
+from accel.kernels.sampler_step import sampler_step
+from accel.samplers.library import build_plan
+from accel.samplers.noise import INITIAL_ROW, gaussian
+from accel.samplers.plans import Plan
+from models.diffusion.dtype import resolve_device
+from models.diffusion.folder import quiet_libraries
+from models.diffusion.loading import load_model
+from models.diffusion.model import Condition, DiffusionModel
+from models.scorer import Scorer
+from service.config import ModelSettings
+from service.diffusion.request import MAX_SEED
+from service.evaluation.material import open_material
+from service.evaluation.prompts import TWINS, Record
+
+STARTS = {"ddim": (50, (0, 5, 10, 15, 20, 25, 30, 35)), "lcm": (4, (0, 1, 2, 3))}  # sampler: steps, rows K
+CPU_PAIRS = 1  # of each kind: 4,000 network evaluations in all
+DECODED_AT_ONCE = 16
+SEED_STEP = 1_000_003  # from the first prompt's seed to the second's
+
+Latents = dict[int, torch.Tensor]  # by row: [N, C, h, w]
+
+
+class Pair(NamedTuple):
+    first: Record
+    second: Record
+
+
+def make_pairs(records: Sequence[Record], scorer: Scorer, likeness: torch.Tensor, count: int) -> dict[str, list[Pair]]:
+    """Up to `count` pairs of each kind, spread over the records, the same for the same records.
+
+    Args:
+        likeness: [M, M] cosines of the scorer's concepts with one another.
+    """
+    words = scorer.vocabulary
+    places = {name: place for place, name in enumerate(words.names)}
+    nearest = likeness.clone().fill_diagonal_(-1).argmax(1).tolist()
+    by_id = {record["id"]: record for record in records}
+    own = [record for record in records if record["group"] != TWINS]
+    single = [record for record in own if len(record["objects"]) == 1 and record["objects"][0]["count"] == 1]
+    kinds: dict[str, list[Pair]] = {
+        "same prompt": [Pair(record, record) for record in single],
+        "colour of the background": [
+            Pair(record, _recoloured(record, _other(words.colours, record["background"]["colours"][0])))
+            for record in single
+            if record["background"] and record["background"]["ground"] == "plain" and record["background"]["colours"]
+        ],
+        "colour of the object": [
+            Pair(record, _renamed(record, "colour", _other(words.tints[1:], record["objects"][0]["colour"])))
+            for record in single
+            if record["objects"][0]["colour"]
+        ],
+        "near object": [
+            Pair(record, _renamed(record, "concept", words.names[nearest[places[record["objects"][0]["concept"]]]]))
+            for record in single
+        ],
+        "other object": [
+            Pair(record, _renamed(record, "concept", _other(words.names, record["objects"][0]["concept"])))
+            for record in single
+        ],
+        "other words": [Pair(by_id[record["twin"]], record) for record in own if record["twin"]],
+        "nothing in common": [
+            Pair(record, other)
+            for record, other in zip(single, single[len(single) // 2 :] + single, strict=False)
+            if record is not other
+        ],
+    }
+    for kind, pairs in kinds.items():
+        fit = [pair for pair in pairs if kind == "same prompt" or pair.first["prompt"] != pair.second["prompt"]]
+        number = min(count, len(fit))
+        spread = [fit[i * len(fit) // number] for i in range(number)]
+        kinds[kind] = [pair._replace(second=_reseeded(pair.second, pair.first["seed"])) for pair in spread]
+    return {kind: pairs for kind, pairs in kinds.items() if pairs}
+
+
+def _other(words: Sequence[str], word: str) -> str:
+    return words[(words.index(word) + len(words) // 2) % len(words)]
+
+
+def _recoloured(record: Record, colour: str) -> Record:
+    background = record["background"]
+    prompt = _swapped(record["prompt"], background["colours"][0], colour)
+    return record | {"prompt": prompt, "background": background | {"colours": [colour]}}
+
+
+def _renamed(record: Record, field: str, word: str) -> Record:
+    thing = record["objects"][0]
+    return record | {"prompt": _swapped(record["prompt"], thing[field], word), "objects": [thing | {field: word}]}
+
+
+def _swapped(prompt: str, old: str, new: str) -> str:
+    """The prompt with one word changed and its article with it; as it was where the word is not there just once."""
+    pattern = re.compile(rf"\b(an? )?{re.escape(old)}\b")
+    if len(pattern.findall(prompt)) != 1:
+        return prompt
+    article = "an " if new[0] in "aeiou" else "a "
+    return pattern.sub(lambda found: (article if found[1] else "") + new, prompt)
+
+
+def _reseeded(record: Record, seed: int) -> Record:
+    return record | {"seed": (seed + SEED_STEP) % (MAX_SEED + 1)}
+
+
+class Drawing:
+    """One sampler of a model, at its own guidance, from any row on."""
+
+    def __init__(self, model: DiffusionModel, sampler: str, steps: int, batch: int) -> None:
+        self._model, self._sampler, self._steps, self._batch = model, sampler, steps, batch
+
+    def plan(self, first: int = 0) -> Plan:
+        defaults = self._model.card.samplers[self._sampler]
+        schedule = self._model.schedule(self._sampler)
+        return build_plan(
+            self._sampler, schedule, self._steps, spacing=defaults.spacing, karras=defaults.karras, first=first
+        )
+
+    def noise(self, records: Sequence[Record]) -> torch.Tensor:
+        """The latents [N, C, h, w] that the records' pictures start from."""
+        card = self._model.card
+        width, height = card.default_size
+        shape = (card.latent_channels, height // card.scale, width // card.scale)
+        return gaussian(self._seeds(records), INITIAL_ROW, shape, self._model.device) * self.plan().init_scale
+
+    def run(self, records: Sequence[Record], x: torch.Tensor, first: int, keep: Collection[int] = ()) -> Latents:
+        """Latents at the rows `keep` and after the last, at `steps`, of pictures whose latents at row `first` are x."""
+        x, kept = x.clone(), {}
+        conditions, seeds = self._conditions(records), self._seeds(records)
+        denoiser, device = self._model.denoiser(self._sampler), self._model.device
+        previous, finite = torch.zeros_like(x), torch.ones(len(x), dtype=torch.bool, device=device)
+        for index, row in enumerate(self.plan(first).rows, start=first):
+            if index in keep:
+                kept[index] = x.clone()
+            for slots in torch.arange(len(x), device=device).split(self._batch):
+                one = torch.ones(len(slots), device=device)
+                some = conditions[int(slots[0]) : int(slots[-1]) + 1]
+                denoised = denoiser(x[slots], row.t * one, row.alpha * one, some)
+                coefficients = torch.tensor([[row.a, row.b, row.c, row.s]], device=device).expand(len(slots), 4)
+                rows = torch.full_like(slots, index)
+                sampler_step(x, previous, slots, denoised, coefficients.contiguous(), seeds[slots], rows, finite)
+        if not finite.all():
+            raise SystemExit("latents are not finite")
+        return {**kept, self._steps: x}
+
+    def _conditions(self, records: Sequence[Record]) -> list[Condition]:
+        guidance = self._model.card.samplers[self._sampler].guidance_scale
+        prompts = [(record["prompt"], "") for record in records]
+        size = self._model.card.default_size
+        found: list[Condition] = []
+        for at in range(0, len(prompts), self._batch):
+            part = prompts[at : at + self._batch]
+            found += self._model.encode(part, [guidance] * len(part), self._sampler, size)
+        return found
+
+    def _seeds(self, records: Sequence[Record]) -> torch.Tensor:
+        return torch.tensor([record["seed"] for record in records], device=self._model.device)
+
+
+def judged(model: DiffusionModel, scorer: Scorer, latents: torch.Tensor, records: Sequence[Record]) -> dict[str, Any]:
+    """Mean score, and the share of each metric of the records that say something of it."""
+    found: dict[str, list[Any]] = {}
+    for at in range(0, len(records), DECODED_AT_ONCE):
+        part = slice(at, at + DECODED_AT_ONCE)
+        pictures = model.decode(latents[part]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        for metric, values in scorer.judge(scorer.read(pictures), records[part]).items():
+            found.setdefault(metric, []).extend(value for value in values if value is not None)
+    return {metric: sum(values) / len(values) for metric, values in found.items() if values}
+
+
+def measure(
+    model: DiffusionModel, scorer: Scorer, pairs: Mapping[str, Sequence[Pair]], sampler: str, batch: int
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Kind -> K -> figures of the second pictures."""
+    steps, starts = STARTS[sampler]
+    drawing = Drawing(model, sampler, steps, batch)
+    firsts = list({_key(pair.first): pair.first for members in pairs.values() for pair in members}.values())
+    latents = drawing.run(firsts, drawing.noise(firsts), 0, starts)
+    places = {_key(record): place for place, record in enumerate(firsts)}
+    figures: dict[str, dict[int, dict[str, Any]]] = {}
+    for kind, members in pairs.items():
+        seconds = [pair.second for pair in members]
+        chosen = torch.tensor([places[_key(pair.first)] for pair in members], device=model.device)
+        for start in starts:
+            begun = latents[start][chosen] if start else drawing.noise(seconds)
+            drawn = drawing.run(seconds, begun, start)[steps]
+            figures.setdefault(kind, {})[start] = judged(model, scorer, drawn, seconds)
+    return figures
+
+
+def _key(record: Record) -> tuple[str, int]:
+    return record["prompt"], record["seed"]
+
+
+def sentence_vectors(home: Path, texts: Sequence[str], device: torch.device) -> torch.Tensor:
+    """Unit vectors [N, D] of all-MiniLM-L6-v2 as sentence-transformers makes them: the mean of the token states."""
+    from transformers import AutoTokenizer, BertModel
+
+    with quiet_libraries():
+        tokenizer = AutoTokenizer.from_pretrained(home / "tokenizer", local_files_only=True)
+        encoder = BertModel.from_pretrained(home / "text_encoder", local_files_only=True).eval().to(device)
+    vectors = []
+    for at in range(0, len(texts), 64):
+        tokens = tokenizer(list(texts[at : at + 64]), padding=True, truncation=True, return_tensors="pt").to(device)
+        mask = tokens.attention_mask
+        states = encoder(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
+        vectors.append(F.normalize((states * mask[..., None]).sum(1), dim=1))
+    return torch.cat(vectors)
+
+
+def print_table(
+    title: str, starts: Sequence[int], rows: Mapping[str, Sequence[str]], cosines: Mapping[str, str]
+) -> None:
+    print(f"\n{title}\n")
+    print("| pair | pairs | cosine | " + " | ".join(f"K = {start}" for start in starts) + " |")
+    print("|" + " --- |" * (len(starts) + 3))
+    for kind, cells in rows.items():
+        print(f"| {kind} | {cosines[kind]} | " + " | ".join(cells) + " |", flush=True)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--pairs", type=int, help=f"of each kind; default: 100, but {CPU_PAIRS} on a CPU")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batch", type=int, default=16, help="pictures of one network call")
+    parser.add_argument("-o", "--output", type=Path, default=Path("out/cache-start.json"))
+    options = parser.parse_args()
+    settings = ModelSettings(model=options.model, device=options.device, dtype=options.dtype)
+    device = resolve_device(options.device)
+    count = options.pairs or (CPU_PAIRS if device.type == "cpu" else 100)
+    material = open_material(settings)
+    scorer = material.scorer
+    names = sentence_vectors(material.home, scorer.vocabulary.names, device)
+    records = [prompt.record for prompt in material.prompts if prompt.record["objects"]]
+    pairs = make_pairs(records, scorer, names @ names.T, count)
+    model = load_model(options.model, dtype=options.dtype, device=options.device, cache_dir=settings.cache_dir)
+    print(f"{model.card.name}, {describe(device)}, {model.dtype}")
+    cosines = {}
+    for kind, members in pairs.items():
+        first, second = (
+            sentence_vectors(material.home, [pair[side]["prompt"] for pair in members], device) for side in (0, 1)
+        )
+        cosines[kind] = f"{len(members)} | {(first * second).sum(1).mean():.3f}"
+    results = {}
+    for sampler, (steps, starts) in STARTS.items():
+        if sampler not in model.card.samplers:
+            continue
+        figures = results[sampler] = measure(model, scorer, pairs, sampler, options.batch)
+        title = f"{sampler}, {steps} steps, guidance {model.card.samplers[sampler].guidance_scale:g}"
+        score = {
+            kind: [f"{100 * found[start]['score'] / found[0]['score']:.1f}" for start in starts]
+            for kind, found in figures.items()
+        }
+        right = {kind: [f"{100 * found[start]['all']:.1f}" for start in starts] for kind, found in figures.items()}
+        print_table(f"{title}: score, % of that at K = 0", starts, score, cosines)
+        print_table(f"{title}: all right, %", starts, right, cosines)
+    listed = {kind: [[record["prompt"] for record in pair] for pair in members] for kind, members in pairs.items()}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"pairs": listed, "figures": results}, indent=1) + "\n")
+    print(f"\n{options.output} has every metric, and the prompts")
+
+
+if __name__ == "__main__":
+    main()
