@@ -7,7 +7,6 @@ adapter of the teacher with one guidance scale distilled in.
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from models.training.checkpoints import Checkpoints
 from models.training.compiled import Compiled
@@ -82,24 +81,6 @@ class Lessons:
         return noisy, now.float(), states, target, self._equal, *lcm_form(now.float(), alpha), *embedding
 
 
-def make_step(preset: Preset, ranks: Ranks, text_width: int) -> tuple[UNet2DConditionModel, FlatOptimizer, StudentLoss]:
-    """The LCM, its optimiser and its loss."""
-    torch.manual_seed(preset.seed + 6)
-    unet = build_unet(preset, text_width, guided=True).to(ranks.device)
-    return unet, FlatOptimizer(unet, ranks, average=0.99), StudentLoss(unet, ranks.dtype, by_element)
-
-
-def make_predictors(
-    preset: Preset, ranks: Ranks, text_width: int
-) -> tuple[UNet2DConditionModel, FixedBatch, UNet2DConditionModel, FixedBatch]:
-    """(teacher, its velocity on pairs of batches, LCM, its velocity), both frozen in training precision."""
-    batch = ranks.share(preset.unet_batch)
-    teacher = frozen(build_unet(preset, text_width, guided=False), ranks.device, ranks.dtype)
-    student = frozen(build_unet(preset, text_width, guided=True), ranks.device, ranks.dtype)
-    predict = predictor(teacher, "teacher inference", 2 * batch, ranks)
-    return teacher, predict, student, predictor(student, "student inference", batch, ranks)
-
-
 def train_lcm(
     preset: Preset,
     ring: Ring,
@@ -116,20 +97,25 @@ def train_lcm(
     `preset.large_every`-th step learns from a quarter of the batch of them as well.
     """
     width, batch = null.shape[-1], ranks.share(preset.unet_batch)
-    teacher, predict_teacher, target, predict_target = make_predictors(preset, ranks, width)
+    teacher = frozen(build_unet(preset, width, guided=False), ranks.device, ranks.dtype)
     teacher.load_state_dict(teacher_weights)
-    unet, optimizer, loss = make_step(preset, ranks, width)
+    target = frozen(build_unet(preset, width, guided=True), ranks.device, ranks.dtype)
+    torch.manual_seed(preset.seed + 6)
+    unet = build_unet(preset, width, guided=True).to(ranks.device)
+    optimizer = FlatOptimizer(unet, ranks, average=0.99)
     optimizer.start_from(unet, teacher_weights)  # the guidance embedding starts silent
-    lessons = Lessons(preset, ring, batch, null, predict_teacher, predict_target, ranks)
-    step = Compiled(loss, "student", ranks, backward=True, clear=optimizer.clear)
-    courses = [Course(ring, preset.refill_every, lessons, step)]
+    loss = StudentLoss(unet, ranks.dtype, by_element)
+
+    def course(ring: Ring, batch: int, size: str) -> Course:
+        predict_teacher = predictor(teacher, f"{size}teacher inference", 2 * batch, ranks)
+        predict_target = predictor(target, f"{size}student inference", batch, ranks)
+        lessons = Lessons(preset, ring, batch, null, predict_teacher, predict_target, ranks)
+        step = Compiled(loss, f"{size}student", ranks, backward=True, clear=optimizer.clear)
+        return Course(ring, preset.refill_every, lessons, step)
+
+    courses = [course(ring, batch, "")]
     if large is not None:
-        batch = max(1, batch // 4)
-        predict_teacher = predictor(teacher, "large teacher inference", 2 * batch, ranks)
-        predict_target = predictor(target, "large student inference", batch, ranks)
-        lessons = Lessons(preset, large, batch, null, predict_teacher, predict_target, ranks)
-        step = Compiled(loss, "large student", ranks, backward=True, clear=optimizer.clear)
-        courses.append(Course(large, preset.refill_every, lessons, step))
+        courses.append(course(large, max(1, batch // 4), "large "))
     student = Student("lcm", unet, optimizer, target, courses, preset.student_rate, preset.unet_batch)
     figures = train(student, preset, ranks, checkpoints, seconds)
     averaged = build_unet(preset, width, guided=True).to(ranks.device)
