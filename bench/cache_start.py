@@ -86,7 +86,7 @@ def make_pairs(records: Sequence[Record], scorer: Scorer, likeness: torch.Tensor
         "nothing in common": [
             Pair(record, other)
             for record, other in zip(single, single[len(single) // 2 :] + single, strict=False)
-            if record is not other
+            if record["objects"][0]["concept"] != other["objects"][0]["concept"]
         ],
     }
     for kind, pairs in kinds.items():
