@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from models.errors import ModelError
@@ -39,12 +39,12 @@ class Sizes:
     def parse(cls, values: Mapping[str, Any], where: object) -> Self:
         """Sizes from JSON. Raises ModelError, which begins with `where`."""
         kept: dict[str, Any] = {}
-        for field in fields(cls):
-            value = values.get(field.name)
-            listed = value if field.name == "stem" and isinstance(value, list) else [value]
+        for name in cls.__slots__:
+            value = values.get(name)
+            listed = value if name == "stem" and isinstance(value, list) else [value]
             if not listed or not all(type(number) is int and number > 0 for number in listed):
-                raise ModelError(f"{where}: {field.name} must be a whole number above 0, not {value!r}")
-            kept[field.name] = tuple(listed) if field.name == "stem" else value
+                raise ModelError(f"{where}: {name} must be a whole number above 0, not {value!r}")
+            kept[name] = tuple(listed) if name == "stem" else value
         sizes = cls(**kept)
         if sizes.side % sizes.patch or sizes.width % sizes.heads:
             raise ModelError(f"{where}: side {sizes.side} and width {sizes.width} do not divide into tokens and heads")
@@ -75,6 +75,7 @@ class Vocabulary:
     """The words behind the outputs, in their order.
 
     tints: the first is an object's natural colour. relations: those that place one object against another.
+    own: which tints are colours that a concept has by nature, where it has one: a red ladybug need not be recoloured.
     """
 
     names: tuple[str, ...]
@@ -83,14 +84,19 @@ class Vocabulary:
     grounds: tuple[str, ...]
     colours: tuple[str, ...]
     relations: tuple[str, ...]
+    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: object) -> Self:
         """A vocabulary from JSON. Raises ModelError, which begins with `where`."""
-        lists: dict[str, tuple[str, ...]] = {}
-        for field in fields(cls):
-            words = values.get(field.name)
-            if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
-                raise ModelError(f"{where}: {field.name} must be a list of words")
-            lists[field.name] = tuple(words)
-        return cls(**lists)
+        lists = {name: _words(values.get(name), name, where) for name in cls.__slots__ if name != "own"}
+        own = values.get("own")
+        if not isinstance(own, dict):
+            raise ModelError(f"{where}: own must map concepts to lists of words")
+        return cls(**lists, own={name: _words(words, f"own '{name}'", where) for name, words in own.items()})
+
+
+def _words(value: Any, what: str, where: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(word, str) for word in value):
+        raise ModelError(f"{where}: {what} must be a list of words")
+    return tuple(value)

@@ -39,7 +39,7 @@ Verdicts = dict[str, list[bool | None]]
 """A list per metric with an entry per record; None where the record does not say.
 
 objects: every named concept is there and has more objects than any that is not named, of which there are none.
-colours: every named colour prevails over the patches of its object.
+colours: every named colour prevails over the patches of its object, or is its own and it is not recoloured.
 relation: the first stands to the second as named; "and" says nothing of it.
 count: there are as many of each as named; None if a record names single objects only.
 style, background: as named, the background with its colours.
@@ -99,8 +99,13 @@ def _verdict(
     fewest = min(found.counts[: len(objects)])
     shown = fewest >= thresholds.present and found.extra < min(thresholds.extra, fewest)
 
-    tinted = [(seen, entry["colour"]) for seen, entry in zip(found.tints, objects, strict=False) if entry["colour"]]
-    colours = all(seen == _index(word, vocabulary.tints, "colour") for seen, word in tinted) if tinted else None
+    names, words = [entry["concept"] for entry in objects], [entry["colour"] for entry in objects]
+    tinted = [
+        seen == _index(word, vocabulary.tints, "colour") or (seen == 0 and word in vocabulary.own.get(name, ()))
+        for seen, name, word in zip(found.tints, names, words, strict=False)
+        if word
+    ]
+    colours = all(tinted) if tinted else None
 
     counted = all(round(seen) == entry["count"] for seen, entry in zip(found.counts, objects, strict=False))
     plural = any(entry["count"] > 1 for entry in objects)

@@ -54,7 +54,9 @@ def sizes_of(preset: Preset, text_width: int) -> Sizes:
 def vocabulary_of(stage: Stage) -> Vocabulary:
     """The words of a stage; the relation "and" places nothing, so it is not one to be read."""
     names = tuple(concept.name for concept in stage.concepts)
-    return Vocabulary(names, ("natural", *TINTS), STYLES, GROUNDS, COLOUR_NAMES, RELATIONS[1:])
+    own = {concept.name: tuple(word for word in concept.colours if word in TINTS) for concept in stage.concepts}
+    own = {name: words for name, words in own.items() if words}
+    return Vocabulary(names, ("natural", *TINTS), STYLES, GROUNDS, COLOUR_NAMES, RELATIONS[1:], own)
 
 
 @torch.no_grad()

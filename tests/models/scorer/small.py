@@ -20,6 +20,7 @@ WORDS = Vocabulary(
     grounds=("plain", "gradient", "sea"),
     colours=("red", "green", "white"),
     relations=("left of", "right of", "on"),
+    own={"apple": ("red",)},
 )
 
 

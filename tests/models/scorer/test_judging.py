@@ -86,6 +86,13 @@ def test_the_prevailing_tint_counts() -> None:
     assert judged(seen, record(("dog", 1, "blue"), ("cat", 1, "red")))["colours"] is False
 
 
+def test_a_natural_apple_may_be_called_red() -> None:
+    assert judged(APPLE, record(("apple", 1, "red")))["colours"] is True
+    assert judged(APPLE, record(("apple", 1, "blue")))["colours"] is False
+    assert judged(reading(("cat", 1, "natural")), record(("cat", 1, "red")))["colours"] is False
+    assert judged(reading(("apple", 1, "blue")), record(("apple", 1, "red")))["colours"] is False
+
+
 def test_counts_are_rounded_sums_over_the_patches_of_a_concept() -> None:
     seen = reading(("apple", 1.3, "natural"), ("apple", 1.4, "natural"), ("cat", 1, "natural"))
     assert judged(seen, record(("apple", 3), ("cat", 1)))["count"] is True

@@ -54,6 +54,10 @@ def _drop(path: Path) -> None:
         (lambda at: _edit(at / "scorer" / "config.json", side=33), "do not divide"),
         (lambda at: _edit(at / "scorer" / "config.json", thresholds={"present": 0.5}), "must be numbers above 0"),
         (lambda at: _edit(at / "scorer" / "concepts.json", tints=[]), "tints must be a list of words"),
+        (
+            lambda at: _edit(at / "scorer" / "concepts.json", own={"apple": "red"}),
+            "own 'apple' must be a list of words",
+        ),
         (lambda at: _edit(at / "scorer" / "concepts.json", names=["apple"]), "has wrong shapes for offsets"),
         (lambda at: (at / "text_encoder" / "model.safetensors").unlink(), "holds no weights"),
         (lambda at: (at / "tokenizer" / "vocab.txt").unlink(), "holds no vocabulary"),
