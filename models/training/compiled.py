@@ -18,6 +18,8 @@ LEAVE_MARKERS = "HEADSTART_LEAVE_MARKERS"
 AWAIT_MARKERS = "HEADSTART_AWAIT_MARKERS"
 OVER = "over"
 _PATIENCE = 300.0
+# A class's instances share dynamo's count of graphs, and a run of every stage makes more of one than the usual eight.
+torch._dynamo.config.recompile_limit = 64
 
 
 def enabled(ranks: Ranks) -> bool:

@@ -21,11 +21,10 @@ from models.training.distributed import Ranks
 from models.training.networks import build_unet, build_vae
 from models.training.sampling import ORIGINAL_STEPS, guidance_embedding
 from models.training.schedule import BETA_END, BETA_START, SIGMA_MAX, STEPS, NoiseLevels
-from models.training.settings import Preset
+from models.training.settings import FULL, Preset
 from models.training.text import LENGTH
 
 FOLDERS = ("unet", "unet_lcm", "vae", "scheduler", "scheduler_lcm", "lora", "scorer", "eval")
-STUDENTS = "students.json"
 SHARD = "15MB"
 _PIECE = 31 * 2**19  # 15.5 MiB, under the 16 MiB that one file may have
 _SCHEDULE: dict[str, Any] = {
@@ -106,41 +105,18 @@ def export_vae(weights: dict[str, Any], folder: Path, preset: Preset, ranks: Ran
     return {"non_finite_weights": float(bad), "float16_error": float((half - exact).norm() / exact.norm())}
 
 
-def export_networks(
-    folder: Path,
-    preset: Preset,
-    text_width: int,
-    vae: dict[str, Any],
-    teacher: dict[str, Any],
-    student: dict[str, Any],
-    ranks: Ranks,
-) -> dict[str, dict[str, float]]:
-    """Write the VAE, the teacher, the LCM student and their schedulers; returns what float16 costs each network."""
-    figures = {
-        "unet": export_unet(teacher, folder / "unet", preset, text_width, ranks, guided=False),
-        "unet_lcm": export_unet(student, folder / "unet_lcm", preset, text_width, ranks, guided=True),
-        "vae": export_vae(vae, folder / "vae", preset, ranks),
-    }
-    teacher_scheduler().save_pretrained(folder / "scheduler")
-    student_scheduler().save_pretrained(folder / "scheduler_lcm")
-    for part, row in figures.items():
-        ranks.log(f"export {part}:", row)
-    return figures
-
-
-def students(preset: Preset, time_points: Mapping[int, Sequence[float]]) -> dict[str, Any]:
+def students(guidance: float, time_points: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """A manifest's "students" and "loras": what the LoRAs beside the teacher are for.
 
-    `time_points`: sigmas of consistency sampling by number of steps.
+    `guidance`: the scale distilled into them. `time_points`: sigmas of consistency sampling by number of steps.
     """
-    guidance = preset.distilled_guidance
     consistency = {
         "lora": "lora/consistency.safetensors",
         "sigma_min": NoiseLevels(torch.device("cpu")).low,
         "sigma_max": SIGMA_MAX,
         "sigma_data": 1.0,
         "guidance_scale": guidance,
-        "sigmas": {str(steps): list(sigmas) for steps, sigmas in time_points.items()},
+        "sigmas": dict(time_points),
     }
     lcm_lora = {"file": "lora/lcm.safetensors", "sampler": "lcm", "guidance_scale": guidance}
     return {"students": {"consistency": consistency}, "loras": {"lcm-lora": lcm_lora}}
@@ -165,8 +141,8 @@ def pack(out: Path) -> None:
     bundle = out / "bundle"
     large = {"teacher": bundle / "unet", "lcm": bundle / "unet_lcm"}
     groups = {name: [folder] for name, folder in large.items()}
-    groups["rest"] = [path for path in bundle.iterdir() if path not in large.values()]
-    groups["rest"] += [out / "metrics", out / "sheets", out / STUDENTS, out / "unshipped"]
+    groups["rest"] = [path for path in sorted(bundle.iterdir()) if path not in large.values()]
+    groups["rest"] += [out / "metrics", out / "sheets", out / "unshipped"]
     for name, members in groups.items():
         _pieces(out / "packs" / name, name, [member for member in members if member.exists()], out)
 
@@ -188,24 +164,23 @@ def publish(out: Path, destination: Path) -> None:
     """Put the exported folders into `destination`, a bundle with a manifest, and write its figures and digests.
 
     Args:
-        out: a finished run: its bundle/ has what export wrote, its metrics/ become the manifest's "training", and
-            its students.json the manifest's "students" and "loras".
+        out: a finished run: its bundle/ has the networks, its metrics/ become the manifest's "training".
         destination: keeps its other files, such as the configurations of the text tower.
 
     Raises:
-        FileNotFoundError: the run has exported nothing, or `destination` has no manifest. Nothing is changed then.
+        FileNotFoundError: the run has not finished every stage, or `destination` has no manifest. Nothing is changed then.
     """
     path, bundle = destination / MANIFEST, out / "bundle"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     for name in FOLDERS:
         if not (bundle / name).is_dir():
-            raise FileNotFoundError(f"{bundle / name} is missing: run the export stage first")
+            raise FileNotFoundError(f"{bundle / name} is missing: run every stage first")
     for name in FOLDERS:
         if (destination / name).exists():
             shutil.rmtree(destination / name)
         shutil.copytree(bundle / name, destination / name)
     manifest["training"] = _rounded(read_metrics(out))
-    manifest |= json.loads((out / STUDENTS).read_text(encoding="utf-8"))
+    manifest |= students(FULL.distilled_guidance, manifest["training"]["consistency"]["sigmas"])
     path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     seal(destination)
 

@@ -1,7 +1,7 @@
 """The stages in order, each taking what the earlier ones left on disk."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from models.diffusion.folder import read_json
 from models.scorer import Scorer
 from models.scorer.config import Thresholds
 from models.scorer.loading import CONFIG, save_scorer
-from models.training import export, sheets
+from models.training import export
 from models.training.captions import CaptionWriter, describe, vocabulary
 from models.training.checkpoints import Checkpoints
 from models.training.compiled import Compiled
@@ -21,25 +21,27 @@ from models.training.concepts import select
 from models.training.consistency import train_consistency, tune_consistency
 from models.training.distributed import Ranks
 from models.training.lcm import train_lcm, train_lcm_lora
-from models.training.lora import merge, save_lora
-from models.training.networks import build_unet, build_vae, frozen
-from models.training.prompts import SHEET_PROMPTS
+from models.training.lora import save_lora
+from models.training.networks import build_vae, frozen
+from models.training.painter import Painter
 from models.training.reference import make_reference
 from models.training.ring import Ring
-from models.training.sampling import FixedBatch, Velocity, sample_consistency, sample_ddim, sample_lcm
 from models.training.scenes import Stage
-from models.training.schedule import NoiseLevels
 from models.training.scorer import make_scorer, sizes_of, train_scorer, vocabulary_of
 from models.training.settings import Budgets, Preset
+from models.training.sheets import save_sheet
 from models.training.sprites import draw_shapes, load_pack, make_pack
 from models.training.teacher import train_teacher
 from models.training.text import TextTower, load_minilm, tiny_tower, unpack_minilm
-from models.training.timepoints import STEPS, search
-from models.training.vae import VaeMoments, decode, train_vae
-from models.training.validation import calibrate
+from models.training.vae import VaeMoments, train_vae
 from models.training.validation import calibrate
 
-LORAS = ("lcm-lora", "consistency", "consistency-training")
+# Stage: its training, and where its LoRA goes in the run's folder.
+LORAS: dict[str, tuple[Callable[..., dict[str, Any]], Path]] = {
+    "lcm-lora": (train_lcm_lora, Path("bundle/lora/lcm.safetensors")),
+    "consistency": (train_consistency, Path("bundle/lora/consistency.safetensors")),
+    "consistency-training": (tune_consistency, Path("unshipped/consistency-training.safetensors")),
+}
 _SEARCHED = 192  # prompts that time points are searched with
 
 
@@ -62,6 +64,7 @@ class Run:
         self._start = start
         self._checkpoints = Checkpoints(out / "checkpoints", ranks)
         self._concepts = select(preset.icons)
+        self._bundle = out / "bundle"
 
     @cached_property
     def scenes(self) -> Stage:
@@ -107,6 +110,7 @@ class Run:
         return self._ring(1), self._ring(2)
 
     def _weights(self, stage: str) -> dict[str, Any]:
+        """Float32 weights of a finished stage."""
         done = self._checkpoints.finished(stage)
         if done is None:
             raise RuntimeError(f"stage '{stage}' is not finished: run it first")
@@ -139,14 +143,17 @@ class Run:
                 self._train_scorer()
             case "teacher":
                 self._train_teacher()
-            case "lcm" | "lcm-lora" | "consistency" | "consistency-training":
-                self._train_student(name)
-            case "sheets":
-                self._draw_sheets()
-            case "export":
-                self._export()
+            case "lcm":
+                self._train_lcm()
             case "reference":
                 self._reference()
+            case "sheets":
+                if self._ranks.main:
+                    self._painter.draw_sheets(self._out / "sheets")
+            case "pack":
+                self._pack()
+            case _ if name in LORAS:
+                self._train_lora(name)
             case _:
                 raise ValueError(f"stage: '{name}' is not known")
         self._ranks.log(f"--- stage {name} took {time.time() - began:.1f} s")
@@ -164,130 +171,96 @@ class Run:
     def _train_vae(self) -> None:
         first = self._first("vae", AutoencoderKL)
         vae, figures = train_vae(self._preset, self.scenes, first, self._ranks, self._checkpoints, self._budgets.vae)
-        self._record("vae", figures)
         if self._ranks.main:
+            figures |= export.export_vae(vae.state_dict(), self._bundle / "vae", self._preset, self._ranks)
+            self._record("vae", figures)
             torch.manual_seed(0)
             pictures = self.scenes.compose(self.scenes.sample(32), self._preset.resolution)
             net = frozen(vae, self._ranks.device, torch.float32)
             with torch.no_grad():
                 again = net.decode(net.encode(pictures).latent_dist.mean).sample.float()
             both = torch.stack([pictures, again], 1).flatten(0, 1)
-            sheets.save_sheet(both, self._out / "sheets" / "vae.webp")
+            save_sheet(both, self._out / "sheets" / "vae.webp")
 
     def _train_scorer(self) -> None:
-        train_scorer(
-            self._preset, self.scenes, self.writer, self.tower, self._ranks, self._checkpoints, self._budgets.scorer
+        preset = self._preset
+        weights, figures = train_scorer(
+            preset, self.scenes, self.writer, self.tower, self._ranks, self._checkpoints, self._budgets.scorer
         )
-
-    def _train_teacher(self) -> None:
-        if self._checkpoints.finished("teacher") is None:
-            figures = train_teacher(
-                self._preset, *self._rings, self._null, self._first("unet", UNet2DConditionModel), self._ranks,
-                self._checkpoints, self._budgets.teacher,
-            )  # fmt: skip
-            self._record("teacher", figures)
-
-    def _train_student(self, name: str) -> None:
-        if self._checkpoints.finished(name) is not None:
-            return
-        common = (self._null, self._weights("teacher"), self._ranks, self._checkpoints)
-        match name:
-            case "lcm":
-                usual, large = self._rings
-                figures = train_lcm(self._preset, usual, *common, self._budgets.lcm, large)
-            case "lcm-lora":
-                figures = train_lcm_lora(self._preset, self._rings[0], *common, self._budgets.lcm_lora)
-            case "consistency":
-                figures = train_consistency(self._preset, self._rings[0], *common, self._budgets.consistency)
-            case _:
-                seconds = self._budgets.consistency_training
-                figures = tune_consistency(self._preset, self._rings[0], *common, seconds)
-        self._record(name, figures)
-
-    def _predictors(self, name: str) -> FixedBatch:
-        """The velocity of a finished network, without gradients: eager, since it is asked for few pictures."""
-        teacher = self._weights("teacher")
-        weights = merge(teacher, self._weights(name)) if name in LORAS else self._weights(name)
-        unet = build_unet(self._preset, self.tower.width, guided=name == "lcm")
-        unet.load_state_dict(weights)
-        unet = frozen(unet, self._ranks.device, self._ranks.dtype)
-        return FixedBatch(Velocity(unet, self._ranks.dtype), self._ranks.share(self._preset.unet_batch))
-
-    @torch.no_grad()
-    def _pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decoded and clamped [B, 3, H, H]."""
-        return torch.cat([decode(self.vae, part).clamp(-1, 1) for part in latents.split(64)])
-
-    def _draw_sheets(self) -> None:
-        """The same prompts by the teacher and by each student, with the same seeds."""
-        if not self._ranks.main:
-            return
-        preset, ranks, side = self._preset, self._ranks, self._preset.latent
-        states, guidance = self.tower.encode_prompts(SHEET_PROMPTS), preset.distilled_guidance
-        teacher = self._predictors("teacher")
-        for scale, folder in ((1, "usual"), (2, "large")):
-            latents = sample_ddim(teacher, states, self._null, scale * side, ranks, guidance=guidance, seed=1)
-            sheets.save_sheet(self._pictures(latents), self._out / "sheets" / folder / "ddim-50.webp")
-        for name, fixed in (("lcm", None), ("lcm-lora", guidance)):
-            predict = self._predictors(name)
-            for steps in STEPS:
-                latents = sample_lcm(
-                    predict, states, side, ranks, guidance=guidance if fixed is None else None,
-                    guidance_width=preset.guidance_width, seed=1, steps=steps,
-                )  # fmt: skip
-                sheets.save_sheet(self._pictures(latents), self._out / "sheets" / f"{name}-{steps}.webp")
-
-    def _time_points(self, name: str, scorer: Scorer, prompts: Sequence[str]) -> dict[int, list[float]]:
-        """Sigmas of consistency sampling by number of steps: those at which the scorer likes the pictures best."""
-        predict, states = self._predictors(name), self.tower.encode_prompts(prompts)
-        wanted = scorer.embed_text(prompts)
-
-        def quality(sigmas: Sequence[float]) -> float:
-            latents = sample_consistency(predict, states, self._preset.latent, self._ranks, sigmas=sigmas, seed=3)
-            return float((scorer.read(self._pictures(latents)).embedding * wanted).sum(1).mean())
-
-        return {steps: search(quality, NoiseLevels(self._ranks.device).low, steps) for steps in STEPS}
-
-    def _export(self) -> None:
-        """Everything that a bundle holds, from the finished stages; from rank 0."""
         if self._ranks.main:
-            bundle, preset = self._out / "bundle", self._preset
-            figures = export.export_networks(
-                bundle, preset, self.tower.width, self._weights("vae"), self._weights("teacher"), self._weights("lcm"),
-                self._ranks,
-            )  # fmt: skip
-            save_lora(self._weights("lcm-lora"), bundle / "lora" / "lcm.safetensors")
-            save_lora(self._weights("consistency"), bundle / "lora" / "consistency.safetensors")
-            save_lora(
-                self._weights("consistency-training"), self._out / "unshipped" / "consistency-training.safetensors"
-            )
-            weights = self._weights("scorer")
             thresholds, validation = calibrate(preset, weights, self.scenes, self.writer, self.tower)
-            save_scorer(
-                bundle / "scorer", weights, sizes_of(preset, self.tower.width), vocabulary_of(self.scenes), thresholds
-            )
-            scorer = make_scorer(preset, weights, self.scenes, self.tower, thresholds)
-            prompts = describe(self.scenes.sample(min(_SEARCHED, self._preset.unet_batch)), self._concepts)
-            points = {
-                name: self._time_points(name, scorer, prompts) for name in ("consistency", "consistency-training")
-            }
-            export.write_metrics(self._out / export.STUDENTS, export.students(preset, points["consistency"]))
-            export.write_metrics(self._out / "unshipped" / "time-points.json", points)
-            self._record("export", figures)
-            self._record("scorer-validation", validation)
-            self._record("concepts", len(self._concepts))
+            sizes, vocabulary = sizes_of(preset, self.tower.width), vocabulary_of(self.scenes)
+            save_scorer(self._bundle / "scorer", weights, sizes, vocabulary, thresholds)
+            self._record("scorer", figures | {"concepts": len(self._concepts), "validation": validation})
         self._ranks.barrier()
 
-    def _reference(self) -> None:
-        """The evaluation prompts and what real renders reach; then everything that is to leave the machine."""
+    def _train_teacher(self) -> None:
+        if self._checkpoints.finished("teacher") is not None:
+            return
+        figures = train_teacher(
+            self._preset, *self._rings, self._null, self._first("unet", UNet2DConditionModel), self._ranks,
+            self._checkpoints, self._budgets.teacher,
+        )  # fmt: skip
         if self._ranks.main:
-            weights = self._weights("scorer")
-            config = self._out / "bundle" / "scorer" / CONFIG
-            thresholds = Thresholds.parse(read_json(config)["thresholds"], config)
-            scorer = make_scorer(self._preset, weights, self.scenes, self.tower, thresholds)
-            writer = CaptionWriter(self._concepts, self.tower, unseen=True)
-            make_reference(
-                self._out / "bundle" / "eval", self.scenes, writer, scorer, self.vae, self._preset.resolution
+            weights = self._weights("teacher")
+            figures |= export.export_unet(
+                weights, self._bundle / "unet", self._preset, self.tower.width, self._ranks, guided=False
             )
+            export.teacher_scheduler().save_pretrained(self._bundle / "scheduler")
+            self._record("teacher", figures)
+
+    def _train_lcm(self) -> None:
+        if self._checkpoints.finished("lcm") is not None:
+            return
+        usual, large = self._rings
+        figures = train_lcm(
+            self._preset, usual, self._null, self._weights("teacher"), self._ranks, self._checkpoints,
+            self._budgets.lcm, large,
+        )  # fmt: skip
+        if self._ranks.main:
+            weights = self._weights("lcm")
+            figures |= export.export_unet(
+                weights, self._bundle / "unet_lcm", self._preset, self.tower.width, self._ranks, guided=True
+            )
+            export.student_scheduler().save_pretrained(self._bundle / "scheduler_lcm")
+            self._record("lcm", figures)
+
+    def _train_lora(self, name: str) -> None:
+        """A student that is a LoRA of the teacher; consistency models are given their time points too."""
+        if self._checkpoints.finished(name) is not None:
+            return
+        train, file = LORAS[name]
+        seconds = getattr(self._budgets, name.replace("-", "_"))
+        figures = train(
+            self._preset, self._rings[0], self._null, self._weights("teacher"), self._ranks, self._checkpoints, seconds
+        )
+        if self._ranks.main:
+            save_lora(self._weights(name), self._out / file)
+            if name != "lcm-lora":
+                prompts = describe(self.scenes.sample(min(_SEARCHED, self._preset.unet_batch)), self._concepts)
+                figures["sigmas"] = self._painter.time_points(name, self._scorer, prompts)
+            self._record(name, figures)
+
+    @cached_property
+    def _painter(self) -> Painter:
+        return Painter(self._preset, self._ranks, self.tower, self.vae, self._weights)
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        """The finished scorer with its thresholds."""
+        config = self._bundle / "scorer" / CONFIG
+        thresholds = Thresholds.parse(read_json(config)["thresholds"], config)
+        return make_scorer(self._preset, self._weights("scorer"), self.scenes, self.tower, thresholds)
+
+    def _reference(self) -> None:
+        """The evaluation prompts and what real renders reach."""
+        if self._ranks.main:
+            writer = CaptionWriter(self._concepts, self.tower, unseen=True)
+            make_reference(self._bundle / "eval", self.scenes, writer, self._scorer, self.vae, self._preset.resolution)
+        self._ranks.barrier()
+
+    def _pack(self) -> None:
+        """What is to leave the machine."""
+        if self._ranks.main:
             export.pack(self._out)
         self._ranks.barrier()

@@ -24,8 +24,8 @@ from models.training.distributed import join, leave
 from models.training.settings import FULL, MINIATURE, Budgets
 
 STAGES = (
-    "sprites", "vae", "scorer", "teacher", "lcm", "lcm-lora", "consistency", "consistency-training", "sheets", "export",
-    "reference",
+    "sprites", "vae", "scorer", "reference", "teacher", "lcm", "lcm-lora", "consistency", "consistency-training",
+    "sheets", "pack",
 )  # fmt: skip
 TIMED = tuple(field.name for field in fields(Budgets))
 ALONE = ("carry", "publish")

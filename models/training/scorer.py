@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -326,15 +326,14 @@ def train_scorer(
     checkpoints: Checkpoints,
     seconds: float,
     vae: AutoencoderKL | None = None,
-) -> dict[str, torch.Tensor]:
-    """Train for `seconds`, or load the finished scorer: its averaged float32 weights.
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Train for `seconds`, or load the finished scorer: its averaged float32 weights, and its figures.
 
     `vae`: frozen, in the run's arithmetic; some pictures pass through it.
     """
     done = checkpoints.finished("scorer")
     if done is not None:
-        weights: dict[str, torch.Tensor] = done["weights"]
-        return weights
+        return done["weights"], done["figures"]
     sizes, vocabulary = sizes_of(preset, tower.width), vocabulary_of(stage)
     batch = ranks.share(preset.scorer_batch)
     batches = ScorerBatches(stage, writer, tower, sizes, batch, vae)
@@ -361,7 +360,7 @@ def train_scorer(
     weights = averaged.state_dict()
     figures = meter.figures(optimizer.iterations, network)
     checkpoints.save("scorer", {"weights": weights, "figures": figures}, finished=True)
-    return weights
+    return weights, figures
 
 
 def _log(ranks: Ranks, meter: Meter, iteration: int, norm: float, rate: float) -> None:

@@ -114,6 +114,8 @@ def train_teacher(
     batches = TeacherBatches(ring, batch, null, ranks)
     large_batches = TeacherBatches(large_ring, max(1, batch // 4), null, ranks)
     meter = Meter(clock, batch * ranks.size)
+    large(*large_batches.draw(preset.refill_every))  # compiles now, so that it costs no training time later
+    optimizer.clear()
     while meter.elapsed < seconds:
         progress = meter.elapsed / seconds
         rate = learning_rate(preset.teacher_rate, optimizer.iterations, preset.warm_up, progress)

@@ -161,9 +161,9 @@ def test_one_batch_can_be_learned_by_heart() -> None:
 def test_a_run_in_miniature_is_kept_and_calibrated(tmp_path: Path) -> None:
     preset = replace(PRESET, scorer_batch=8)
     whole = ranks(Ticking())
-    weights = train_scorer(preset, stage(), writer(), tower(), whole, Checkpoints(tmp_path, whole), 1)
+    weights, _ = train_scorer(preset, stage(), writer(), tower(), whole, Checkpoints(tmp_path, whole), 1)
     assert all(value.isfinite().all() for value in weights.values())
-    again = train_scorer(preset, stage(), writer(), tower(), whole, Checkpoints(tmp_path, whole), 1)
+    again, _ = train_scorer(preset, stage(), writer(), tower(), whole, Checkpoints(tmp_path, whole), 1)
     assert all(torch.equal(value, again[name]) for name, value in weights.items())
     thresholds, figures = calibrate(preset, weights, stage(), writer(), tower(), 8)
     assert 0.2 < thresholds.present < 0.8
