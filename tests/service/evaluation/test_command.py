@@ -35,7 +35,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny.bundle(tmp_path_factory.mktemp("model") / "tiny-bundle")
+    folder = tiny.bundle_with_loras(tmp_path_factory.mktemp("model") / "tiny-bundle")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = ScorerNetwork(SIZES, VOCABULARY)
@@ -141,6 +141,15 @@ def test_a_model_without_a_scorer_is_judged_by_the_default_models(
     assert results["scorer"] == str(home / "scorer")
     assert results["overall"].keys() == {"n", "score"}
     assert results["pictures"] == 2
+
+
+def test_a_lora_that_comes_with_the_model_is_named(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluated(home, "--lora", "lcm-lora:0.5", "--limit", "1", "--out", str(tmp_path)) == 0
+    assert ": lcm, 2 steps, guidance 2.5, LoRA lcm-lora at 0.5, 64x64" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "results.json").read_text())["settings"]
+    assert settings["loras"] == {"lcm-lora": 0.5}
 
 
 @pytest.mark.parametrize(
