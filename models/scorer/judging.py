@@ -34,6 +34,7 @@ class Measures(NamedTuple):
     bottom: list[int]
 
 
+STRIPES = "stripes"
 METRICS = ("objects", "colours", "relation", "count", "style", "background", "all")
 Verdicts = dict[str, list[bool | None]]
 """A list per metric with an entry per record; None where the record does not say.
@@ -123,8 +124,10 @@ def _verdict(
         ground, named = record["background"]["ground"], record["background"]["colours"]
         behind = found.ground == _index(ground, vocabulary.grounds, "background")
         if named:
-            first, last = (_index(word, vocabulary.colours, "background colour") for word in (named[0], named[-1]))
-            behind = behind and (found.top, found.bottom) == (first, last)
+            wanted = [_index(word, vocabulary.colours, "background colour") for word in (named[0], named[-1])]
+            if ground == STRIPES:  # which look the same either way round
+                wanted.sort()
+            behind = behind and [found.top, found.bottom] == wanted
 
     metrics = (shown, colours, stands, counted if plural else None, drawn, behind)
     return (*metrics, counted and False not in metrics)

@@ -168,7 +168,7 @@ def publish(out: Path, destination: Path) -> None:
         destination: keeps its other files, such as the configurations of the text tower.
 
     Raises:
-        FileNotFoundError: the run has not finished every stage, or `destination` has no manifest. Nothing is changed then.
+        FileNotFoundError: a stage is not finished, or `destination` has no manifest. Nothing is changed then.
     """
     path, bundle = destination / MANIFEST, out / "bundle"
     manifest = json.loads(path.read_text(encoding="utf-8"))

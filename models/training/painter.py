@@ -1,4 +1,4 @@
-"""Pictures by the networks of a run: sheets for people to look at, and the search of consistency models' time points."""
+"""Pictures by the networks of a run: sheets to look at, and the search of consistency models' time points."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

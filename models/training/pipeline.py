@@ -184,8 +184,13 @@ class Run:
 
     def _train_scorer(self) -> None:
         preset = self._preset
+        vae = None
+        if (first := self._first("vae", AutoencoderKL)) is not None:
+            vae = build_vae(preset)
+            vae.load_state_dict(first)
+            vae = frozen(vae, self._ranks.device, self._ranks.dtype)
         weights, figures = train_scorer(
-            preset, self.scenes, self.writer, self.tower, self._ranks, self._checkpoints, self._budgets.scorer
+            preset, self.scenes, self.writer, self.tower, self._ranks, self._checkpoints, self._budgets.scorer, vae
         )
         if self._ranks.main:
             thresholds, validation = calibrate(preset, weights, self.scenes, self.writer, self.tower)

@@ -1,4 +1,4 @@
-"""What drawn pictures are measured against: the evaluation prompts, and how real renders of them fare with the scorer."""
+"""What drawn pictures are measured against: the evaluation prompts, and what the scorer says of their real renders."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

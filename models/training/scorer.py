@@ -25,7 +25,7 @@ from models.training.compiled import Compiled
 from models.training.concepts import COLOUR_NAMES, STYLES, TINTS
 from models.training.distributed import Clock, Ranks
 from models.training.flat import FlatOptimizer
-from models.training.grounds import COLOURED, GROUNDS
+from models.training.grounds import COLOURED, GROUNDS, STRIPES
 from models.training.layouts import PLACEMENTS, RELATIONS
 from models.training.meter import Meter
 from models.training.networks import frozen, millions
@@ -95,7 +95,10 @@ class Targets(NamedTuple):
         unit = objects / objects.sum(2, keepdim=True).clamp(min=1e-6)
         membership = F.one_hot(scenes.group, 2).to(owners.dtype).transpose(1, 2)  # [B, 2, 5]
         placed = (scenes.relation > 0) & (scenes.count[:, 1] > 0)
-        coloured = scenes.ground < COLOURED
+        coloured, striped = scenes.ground < COLOURED, scenes.ground == STRIPES
+        # Stripes of two colours look the same either way round.
+        top = torch.where(striped, scenes.top.minimum(scenes.bottom), scenes.top)
+        bottom = torch.where(striped, scenes.top.maximum(scenes.bottom), scenes.bottom)
         return cls(
             cover=torch.cat([owners[:, :1], membership @ objects], 1),
             density=membership @ unit,
@@ -104,8 +107,8 @@ class Targets(NamedTuple):
             relation=torch.where(placed, scenes.relation - 1, _IGNORED),
             style=scenes.style,
             ground=scenes.ground,
-            top=torch.where(coloured, scenes.top, _IGNORED),
-            bottom=torch.where(coloured, scenes.bottom, _IGNORED),
+            top=torch.where(coloured, top, _IGNORED),
+            bottom=torch.where(coloured, bottom, _IGNORED),
         )
 
 
