@@ -63,12 +63,13 @@ class Job:
     started: float | None = None
     condition: Condition | None = None
     encode_s: float = 0.0
+    lookup_s: float = 0.0
     denoise_s: float = 0.0
     decode_s: float = 0.0
 
     def timings(self, now: float) -> Timings:
         queued = (now if self.started is None else self.started) - self.arrived
-        return Timings(queued, self.encode_s, self.denoise_s, self.decode_s, now - self.arrived)
+        return Timings(queued, self.encode_s, self.lookup_s, self.denoise_s, self.decode_s, now - self.arrived)
 
 
 class Tick(NamedTuple):

@@ -53,6 +53,16 @@ def parse_size(field: str, size: str, allowed: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheIntent:
+    """What the approximate cache may do for a request: look for latents to start from, store the request's own."""
+
+    tenant: str
+    embedding: object = field(repr=False, compare=False)  # of the prompt: [D] float32 numpy array, unit norm
+    look: bool
+    store: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
     """A checked request: every field is within the served model's limits and no field is left to default.
 
@@ -75,6 +85,7 @@ class ImageRequest:
     priority: int = 0  # higher runs earlier; -10 to 10
     partial_images: int = 0  # previews per picture
     deadline_s: float | None = None  # seconds from arrival; None: no deadline
+    cache: CacheIntent | None = None  # None: the cache is bypassed
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +94,7 @@ class Timings:
 
     queue_s: float = 0.0
     encode_s: float = 0.0
+    lookup_s: float = 0.0  # in the approximate cache
     denoise_s: float = 0.0
     decode_s: float = 0.0
     total_s: float = 0.0
@@ -118,7 +130,11 @@ class Partial:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """Picture `index` is done: [H, W, 3] uint8 as a numpy array, and what it took."""
+    """Picture `index` is done: [H, W, 3] uint8 as a numpy array, and what it took.
+
+    `cache_result`: "hit" if it started from a latent of a prompt of that `similarity`, "miss" if none was found,
+    "bypass" if none was looked for.
+    """
 
     request_id: str
     index: int
@@ -127,6 +143,8 @@ class Image:
     steps_run: int = 0
     steps_skipped: int = 0
     evaluations: int = 0
+    cache_result: str = "bypass"
+    similarity: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ class FakeEngine:
                 seed = (request.seed + index) % 2**32
                 self.events.append(Image(request.id, index, seed, picture(request, seed), row, 1, 2 * row))
         if row == request.steps:
-            self.events.append(self._end(Completed(request.id, Timings(0.1, 0.2, 0.3, 0.4, 1.0))))
+            self.events.append(self._end(Completed(request.id, Timings(0.1, 0.2, 0.0, 0.3, 0.4, 1.0))))
 
     def _end(self, event: Event) -> Event:
         del self.requests[event.request_id], self.rows[event.request_id]
