@@ -15,15 +15,23 @@ from service.errors import SetupError
 
 ENV_PREFIX = "HEADSTART_"
 CONFIG_ENV = "HEADSTART_CONFIG"
+DEFAULT_TENANT = "default"  # whoever sends HEADSTART_API_KEY, and everyone where no key is asked for
+SHARED_TENANT = "shared"  # the one namespace of all tenants where the operator chose that
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = None  # None: no key is asked for
+    api_key: str | None = None  # of the tenant "default"; no key at all: none is asked for
+    api_keys: tuple[tuple[str, str], ...] = ()  # (tenant, key)
     max_body_bytes: int = 1 << 20
     shutdown_grace_s: float = 30.0  # how long accepted requests may finish after SIGTERM
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Each tenant's key; empty: everyone is the tenant "default"."""
+        return ({} if self.api_key is None else {DEFAULT_TENANT: self.api_key}) | dict(self.api_keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,19 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheSettings:
+    """Of the latents that requests start from."""
+
+    enabled: bool = True
+    folder: Path | None = None  # None: `latents` in ModelSettings.cache_dir; each model has a folder in it
+    budget_bytes: int = 2 * 10**9  # of one model's latents
+    redis_url: str | None = None  # None: LMDB in `folder`
+    policy: Path | None = None  # None: the model's own, else published thresholds
+    ttl_s: tuple[tuple[str, float], ...] = ()  # (tenant, seconds); a tenant that is not named keeps its entries
+    shared: bool = False  # all tenants start from each other's latents
+
+
+@dataclass(frozen=True, slots=True)
 class LogSettings:
     level: str = "info"  # debug | info | warning | error
     json: bool = False
@@ -56,10 +77,12 @@ class Settings:
     server: ServerSettings = field(default_factory=ServerSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
 
-GROUPS = ("server", "model", "engine", "log")
+GROUPS = ("server", "model", "engine", "cache", "log")
+SECRETS = ("server.api_key", "server.api_keys", "cache.redis_url")  # not repeated in errors
 DEFAULTS = Settings()
 
 
@@ -139,27 +162,52 @@ def _switch() -> Kind:
     return Kind("true or false", from_text, from_toml)
 
 
-def _folder() -> Kind:
+def _path(allowed: str) -> Kind:
     def check(value: object) -> Path:
         _refuse_unless(isinstance(value, str) and value != "" and "\0" not in value)
         return Path(cast(str, value)).expanduser()
 
-    return Kind("a folder", check, check)
+    return Kind(allowed, check, check)
 
 
-def _loras() -> Kind:
-    def from_toml(value: object) -> tuple[tuple[str, str], ...]:
-        _refuse_unless(isinstance(value, dict))
-        pairs = tuple(cast(dict[str, str], value).items())
-        _refuse_unless(all(re.fullmatch(r"[\w.-]+", name) and isinstance(at, str) and at for name, at in pairs))
-        return pairs
+def _bytes(low: int, high: int) -> Kind:
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
-    def from_text(text: str) -> tuple[tuple[str, str], ...]:
-        pairs = [part.partition("=")[::2] for part in text.split(",")]
+    def check(value: object) -> int:
+        _refuse_unless(type(value) is int and low <= value <= high)
+        return cast(int, value)
+
+    def from_text(text: str) -> int:
+        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMGT]?B|)", text.strip(), re.ASCII | re.IGNORECASE)
+        _refuse_unless(match is not None)
+        number, unit = cast(re.Match[str], match).groups()
+        return check(round(float(number) * units[unit.upper()]))
+
+    def from_toml(value: object) -> int:
+        return from_text(value) if isinstance(value, str) else check(value)
+
+    return Kind("bytes, such as 2000000000, 500MB or 2GB, from 1MB to 1000TB", from_text, from_toml)
+
+
+def _pairs(allowed: str, names: str, value: Kind) -> Kind:
+    """NAME=VALUE,NAME=VALUE; in TOML a table. Names match the pattern `names`, each once."""
+
+    def checked(pairs: list[tuple[str, object]], reader: Callable[[Any], object]) -> tuple[tuple[str, object], ...]:
         _refuse_unless(len({name for name, _ in pairs}) == len(pairs))
-        return from_toml(dict(pairs))
+        _refuse_unless(all(re.fullmatch(names, name, re.ASCII) for name, _ in pairs))
+        return tuple((name, reader(each)) for name, each in pairs)
 
-    return Kind("NAME=FILE, several with commas between them (in TOML a table of NAME = FILE)", from_text, from_toml)
+    def from_text(text: str) -> object:
+        return checked([part.partition("=")[::2] for part in text.split(",")], value.from_text)
+
+    def from_toml(table: object) -> object:
+        _refuse_unless(isinstance(table, dict))
+        return checked(list(cast(dict[str, object], table).items()), value.from_toml)
+
+    return Kind(allowed, from_text, from_toml)
+
+
+TENANT = rf"(?!{SHARED_TENANT}$)[A-Za-z0-9][A-Za-z0-9_.-]{{0,63}}"
 
 
 OPTIONS = (
@@ -172,6 +220,19 @@ OPTIONS = (
         _text("printable ASCII without spaces", r"[!-~]+"),
         "ask clients for this key (the environment keeps it out of the process list)",
         "KEY",
+    ),
+    Option(
+        "server",
+        "api_keys",
+        "--api-keys",
+        _pairs(
+            "TENANT=KEY, several with commas between them (in TOML a table), tenants of 1 to 64 letters, digits, '_', "
+            "'.' and '-' other than \"shared\", keys of printable ASCII without spaces and commas",
+            TENANT,
+            _text("a key", r"[!-+\--~]+"),
+        ),
+        "keys of several tenants, who do not see each other's cached latents",
+        "TENANT=KEY,...",
     ),
     Option("server", "max_body_bytes", "--max-body-bytes", _integer(1024, 1 << 30), "largest request body", "BYTES"),
     Option(
@@ -192,8 +253,19 @@ OPTIONS = (
         _text("auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:\d{1,3})?"),
         "where the networks run",
     ),
-    Option("model", "loras", "--lora", _loras(), "a LoRA file to load under a name; may be repeated", "NAME=FILE"),
-    Option("model", "cache_dir", "--cache-dir", _folder(), "where downloaded weights are kept", "FOLDER"),
+    Option(
+        "model",
+        "loras",
+        "--lora",
+        _pairs(
+            "NAME=FILE, several with commas between them (in TOML a table of NAME = FILE)",
+            r"[\w.-]+",
+            _text("a file or hub id"),
+        ),
+        "a LoRA file to load under a name; may be repeated",
+        "NAME=FILE",
+    ),
+    Option("model", "cache_dir", "--cache-dir", _path("a folder"), "where downloaded weights are kept", "FOLDER"),
     Option("engine", "max_batch", "--max-batch", _integer(1, 256), "network rows of one call; guidance takes two", "N"),
     Option("engine", "max_running", "--max-running", _integer(1, 4096), "pictures being drawn at once", "N"),
     Option("engine", "max_waiting", "--max-waiting", _integer(0, 1_000_000), "pictures that may wait; then 429", "N"),
@@ -206,6 +278,40 @@ OPTIONS = (
         "SECONDS",
     ),
     Option("engine", "max_pixels", "--max-pixels", _integer(64, 1 << 26), "largest picture, width times height", "N"),
+    Option("cache", "enabled", "--cache", _switch(), "start pictures from latents of similar prompts", "on|off"),
+    Option(
+        "cache",
+        "folder",
+        "--cache-folder",
+        _path("a folder"),
+        "where their latents are kept; default: latents in --cache-dir",
+        "FOLDER",
+    ),
+    Option(
+        "cache", "budget_bytes", "--cache-budget", _bytes(10**6, 10**15), "how much they may take, such as 2GB", "BYTES"
+    ),
+    Option(
+        "cache",
+        "redis_url",
+        "--redis-url",
+        _text("redis://HOST:PORT/DB, rediss://... or unix://...", r"(redis|rediss|unix)://\S+"),
+        "keep them in Redis, which several servers can share, instead of in the folder",
+        "URL",
+    ),
+    Option("cache", "policy", "--cache-policy", _path("a file"), "which similarity allows what; default: the model's"),
+    Option(
+        "cache",
+        "ttl_s",
+        "--cache-ttl",
+        _pairs(
+            "TENANT=SECONDS, several with commas between them (in TOML a table), seconds from 1 to 1e+09",
+            rf"{TENANT}|{SHARED_TENANT}",
+            _number(1, 1e9, "seconds"),
+        ),
+        "how long a tenant's latents are kept; default: until the budget is spent",
+        "TENANT=SECONDS,...",
+    ),
+    Option("cache", "shared", "--cache-shared", _switch(), "let all tenants start from each other's latents", "on|off"),
     Option("log", "level", "--log-level", _choice("debug", "info", "warning", "error"), "least severe line logged"),
     Option("log", "json", "--log-json", _switch(), "log one JSON object a line"),
 )
@@ -219,7 +325,7 @@ def load(
     Args:
         flags: raw values by flag, such as {"--port": "8001"}; only those that were given.
         environ: the environment. Unknown HEADSTART_* variables are errors.
-        file: a TOML file with tables server, model, engine and log; HEADSTART_CONFIG names one too.
+        file: a TOML file with tables server, model, engine, cache and log; HEADSTART_CONFIG names one too.
         defaults: for settings that no source names.
 
     Raises:
@@ -236,14 +342,27 @@ def load(
         group, name = key.split(".")
         named[group][name] = value
     changed: dict[str, Any] = {group: replace(getattr(defaults, group), **named[group]) for group in GROUPS}
-    return Settings(**changed)
+    settings = Settings(**changed)
+    _check_keys(settings.server)
+    return settings
+
+
+def _check_keys(server: ServerSettings) -> None:
+    """A key says who its sender is, so no tenant has two and no two have the same."""
+    names = dict(server.api_keys)
+    if server.api_key is not None and DEFAULT_TENANT in names:
+        message = f"server.api_keys: {DEFAULT_TENANT!r} is not allowed beside server.api_key, which is that tenant's"
+        raise SetupError(message, param="server.api_keys")
+    keys = list(server.keys.values())
+    if len(set(keys)) < len(keys):
+        raise SetupError("server.api_keys: two tenants have the same key", param="server.api_keys")
 
 
 def _read(option: Option, source: str, value: Any, reader: Callable[[Any], object]) -> object:
     try:
         return reader(value)
     except (ValueError, OverflowError):
-        shown = "the value" if option.name == "api_key" else repr(value)
+        shown = "the value" if option.key in SECRETS else repr(value)
         raise SetupError(f"{source}: {shown} is not allowed; {option.kind.allowed}", param=option.key) from None
 
 

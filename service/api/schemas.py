@@ -40,6 +40,9 @@ class DrawBody(Body):
     guidance_scale: Annotated[float | None, Field(description="a number, 0 to 30")] = None
     sampler: Annotated[str | None, Field(description="text, a sampler that GET /v1/models lists")] = None
     seed: Annotated[int | None, Field(description="an integer, 0 to 4294967295, or -1 for a random one")] = None
+    cache: Annotated[
+        Literal["auto", "use", "bypass", "refresh"] | None, Field(description="auto, use, bypass or refresh")
+    ] = None
     partial_images: Annotated[int | None, Field(description="an integer, 0 to 3, of a streamed reply")] = None
     stream: Annotated[bool | None, Field(description="true or false")] = None
     output_format: Annotated[Literal["png", "jpeg", "webp"] | None, Field(description="png, jpeg or webp")] = None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.config import DEFAULTS, OPTIONS, ModelSettings, Settings, load
+from service.config import DEFAULTS, GROUPS, OPTIONS, ModelSettings, Settings, load
 from service.errors import SetupError
 
 
@@ -40,11 +40,7 @@ def test_the_environment_can_name_the_file(tmp_path: Path) -> None:
 
 
 def test_every_setting_has_an_option_and_every_option_a_setting() -> None:
-    settings = {
-        f"{group}.{name}"
-        for group in ("server", "model", "engine", "log")
-        for name in type(getattr(DEFAULTS, group)).__slots__
-    }
+    settings = {f"{group}.{name}" for group in GROUPS for name in type(getattr(DEFAULTS, group)).__slots__}
     assert {option.key for option in OPTIONS} == settings
     assert len({option.flag for option in OPTIONS}) == len({option.env for option in OPTIONS}) == len(OPTIONS)
 
@@ -75,6 +71,15 @@ def test_loras_from_every_source(tmp_path: Path) -> None:
         ("--log-json", "perhaps", "true or false"),
         ("--max-batch", "0", "an integer from 1 to 256"),
         ("--cache-dir", "", "a folder"),
+        ("--cache", "maybe", "true or false"),
+        ("--cache-folder", "", "a folder"),
+        ("--cache-budget", "2 gigs", "bytes, such as"),
+        ("--cache-budget", "1KB", "from 1MB"),
+        ("--cache-budget", "-2GB", "bytes, such as"),
+        ("--cache-budget", "2000TB", "to 1000TB"),
+        ("--cache-ttl", "60", "TENANT=SECONDS"),
+        ("--cache-ttl", "ada=0", "seconds from 1 to 1e+09"),
+        ("--cache-ttl", "ada=60,ada=61", "TENANT=SECONDS"),
     ],
 )
 def test_bad_flags_and_variables_name_the_source_the_value_and_what_is_allowed(
@@ -86,6 +91,71 @@ def test_bad_flags_and_variables_name_the_source_the_value_and_what_is_allowed(
             load(flags, environ)
         assert str(caught.value).startswith(f"{source}: {value!r} is not allowed; ")
         assert allowed in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("2000000", 2 * 10**6), ("500MB", 5 * 10**8), ("2GB", 2 * 10**9), ("1.5 gb", 15 * 10**8), ("1TB", 10**12)],
+)
+def test_bytes_with_units(tmp_path: Path, text: str, count: int) -> None:
+    assert load({"--cache-budget": text}, {}).cache.budget_bytes == count
+    assert load({}, {}, toml(tmp_path, f'[cache]\nbudget_bytes = "{text}"')).cache.budget_bytes == count
+    assert load({}, {}, toml(tmp_path, f"[cache]\nbudget_bytes = {count}")).cache.budget_bytes == count
+
+
+def test_tenants_and_how_long_their_entries_are_kept(tmp_path: Path) -> None:
+    settings = load({"--cache-ttl": "ada=60,shared=1e6"}, {"HEADSTART_API_KEYS": "ada=k1,bob.2=k=2"})
+    assert settings.server.keys == {"ada": "k1", "bob.2": "k=2"}
+    assert settings.cache.ttl_s == (("ada", 60.0), ("shared", 1e6))
+    file = toml(tmp_path, '[server.api_keys]\nada = "k1"\n[cache.ttl_s]\nada = 60')
+    settings = load({}, {"HEADSTART_API_KEY": "k0"}, file)
+    assert settings.server.keys == {"default": "k0", "ada": "k1"}
+    assert settings.cache.ttl_s == (("ada", 60.0),)
+    assert load({}, {}).server.keys == {}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "secret",
+        "=secret",
+        "ada=",
+        "a b=secret",
+        "shared=secret",
+        "-a=secret",
+        "é=secret",
+        "a=se cret",
+        "a=secret,a=x",
+        "a=secret,",
+        f"{'a' * 65}=secret",
+        "../a=secret",
+    ],
+)
+def test_refused_tenants_are_told_without_their_keys(keys: str) -> None:
+    with pytest.raises(SetupError, match=r"^HEADSTART_API_KEYS: the value is not allowed; TENANT=KEY") as caught:
+        load({}, {"HEADSTART_API_KEYS": keys})
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({"HEADSTART_API_KEY": "k0", "HEADSTART_API_KEYS": "default=k1"}, "'default' is not allowed beside"),
+        ({"HEADSTART_API_KEY": "k1", "HEADSTART_API_KEYS": "ada=k1"}, "two tenants have the same key"),
+        ({"HEADSTART_API_KEYS": "ada=k1,bob=k1"}, "two tenants have the same key"),
+    ],
+)
+def test_a_key_names_one_tenant(environ: dict[str, str], told: str) -> None:
+    with pytest.raises(SetupError) as caught:
+        load({}, environ)
+    assert told in str(caught.value)
+    assert "k1" not in str(caught.value)
+
+
+def test_a_password_in_a_url_is_not_printed() -> None:
+    with pytest.raises(SetupError, match="redis://HOST:PORT/DB") as caught:
+        load({}, {"HEADSTART_REDIS_URL": "http://:hunter2@localhost"})
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

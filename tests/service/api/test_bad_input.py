@@ -63,7 +63,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": "url"}, "response_format", "b64_json"),
     ({"user": 7}, "user", "text"),
     ({"steps": 4}, "steps", "num_inference_steps"),
-    ({"cache": "use"}, "cache", "unknown field"),
+    ({"cache": "yes"}, "cache", "auto, use, bypass or refresh"),
+    ({"cache": True}, "cache", "auto, use, bypass or refresh"),
 ]
 
 
@@ -153,6 +154,7 @@ def test_other_content_types(client: httpx.Client, content_type: str) -> None:
         ({"size": "big"}, "size"),
         ({"response_format": "url"}, "response_format"),
         ({"n": 10}, "n"),
+        ({"cache": "off"}, "cache"),
         ({"priority": 1}, "priority"),
     ],
 )
