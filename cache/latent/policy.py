@@ -1,0 +1,108 @@
+"""How deep a prompt of a given similarity may start, by measurement or, failing that, by NIRVANA's thresholds."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Bins = tuple[tuple[float, float], ...]  # (least similarity, deepest alpha allowed from it on), ascending in similarity
+
+STEPS = 50  # of the schedule that K counts in
+_FORMAT = 1
+# NIRVANA (arXiv 2312.04429): similarity of the prompts -> K, the steps of 50 that the latent has behind it.
+_NIRVANA = ((0.65, 5), (0.75, 10), (0.85, 15), (0.90, 20), (0.95, 25))
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be read; the message says what is wrong with it, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Bins for each family of samplers; a family without bins never starts from the cache.
+
+    families: "solver" (DDIM, Euler, DPM++ and their kin), "lcm", "consistency".
+    levels: alpha of each K, the signal scale that a latent has after K of 50 steps; K counts what a level is worth.
+    source: where the bins come from, for the log: "calibrated" or "NIRVANA".
+    target: quality relative to from-scratch pictures that the bins were chosen to keep; None for published thresholds.
+    figures: what was measured on the way; kept with the policy, never read here.
+    """
+
+    families: Mapping[str, Bins]
+    levels: Mapping[int, float]
+    source: str
+    target: float | None = None
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ordered = sorted(self.levels)
+        alphas = [self.levels[k] for k in ordered]
+        if not ordered or not 0 < ordered[0] <= ordered[-1] < STEPS:
+            raise PolicyError(f"levels: K has to be between 1 and {STEPS - 1}")
+        if not all(0 < alpha < 1 for alpha in alphas) or sorted(set(alphas)) != alphas:
+            raise PolicyError("levels: alphas have to grow with K, between 0 and 1")
+        for family, bins in self.families.items():
+            least = [similarity for similarity, _ in bins]
+            if sorted(set(least)) != least or not all(-1 <= similarity <= 1 for similarity in least):
+                raise PolicyError(f"families.{family}: similarities have to ascend, between -1 and 1")
+            if not all(0 < alpha < 1 for _, alpha in bins):
+                raise PolicyError(f"families.{family}: alphas have to be between 0 and 1")
+
+    def deepest(self, family: str, similarity: float) -> float | None:
+        """The greatest alpha that a latent of a prompt this similar may have; None: draw from scratch."""
+        bins = self.families.get(family, ())
+        place = bisect_right(bins, similarity, key=lambda bin: bin[0])
+        return bins[place - 1][1] if place else None
+
+    def steps(self, alpha: float) -> float:
+        """What a level is worth: steps of 50 behind a latent of this alpha, interpolated between the known K."""
+        ordered = sorted(self.levels)
+        return float(np.interp(alpha, [0, *(self.levels[k] for k in ordered), 1], [0, *ordered, STEPS]))
+
+    def save(self, path: Path) -> None:
+        content = {
+            "format": _FORMAT,
+            "source": self.source,
+            "target": self.target,
+            "levels": {str(k): alpha for k, alpha in self.levels.items()},
+            "families": {family: [list(bin) for bin in bins] for family, bins in self.families.items()},
+            "figures": dict(self.figures),
+        }
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Policy:
+        """Raises PolicyError for a file that is not a policy, OSError for one that cannot be read."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise PolicyError(f"format {content['format']!r} is unknown; this version reads {_FORMAT}")
+            return cls(
+                families={
+                    family: tuple((float(similarity), float(alpha)) for similarity, alpha in bins)
+                    for family, bins in content["families"].items()
+                },
+                levels={int(k): float(alpha) for k, alpha in content["levels"].items()},
+                source=str(content["source"]),
+                target=None if content["target"] is None else float(content["target"]),
+                figures=dict(content["figures"]),
+            )
+        except KeyError as error:
+            raise PolicyError(f"{path}: {error} is missing") from None
+        except (AttributeError, TypeError, ValueError) as error:
+            raise PolicyError(f"{path}: {error}") from None
+
+
+def nirvana(alphas_of_k: Mapping[int, float]) -> Policy:
+    """NIRVANA's published thresholds, for a model that nobody has calibrated; solvers only.
+
+    alphas_of_k: the model's signal scale after K of 50 steps, for K = 5, 10, 15, 20 and 25 at least.
+    """
+    bins = tuple((similarity, alphas_of_k[k]) for similarity, k in _NIRVANA)
+    return Policy(families={"solver": bins}, levels=dict(alphas_of_k), source="NIRVANA")
