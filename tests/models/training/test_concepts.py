@@ -32,17 +32,21 @@ def test_a_drawing_shows_one_concept() -> None:
 def test_words_are_plain() -> None:
     for concept in CONCEPTS:
         for word in (*concept.words, concept.plural):
-            assert word == " ".join(word.lower().split()) and len(word) <= 32, word
+            assert word == " ".join(word.lower().split())
+            assert len(word) <= 32, word
 
 
 def test_traits_and_overrides() -> None:
     """Spot checks of what the table's notation says, one of each kind."""
     cat, phoenix, clock, cook = (select((name,))[0] for name in ("cat", "phoenix", "clock", "cook"))
-    assert cat.tintable and cat.flips
-    assert "kitten" in cat.words and cat.plural == "cats"
+    assert cat.tintable
+    assert cat.flips
+    assert "kitten" in cat.words
+    assert cat.plural == "cats"
     assert phoenix.drawings == (("phoenix-bird",), ("phoenix-bird",), ("phoenix",), ("phoenix",))
     assert not clock.flips
-    assert len(cook.drawings[0]) == 3 and not cook.tintable
+    assert len(cook.drawings[0]) == 3
+    assert not cook.tintable
 
 
 def test_select_keeps_the_table_s_order() -> None:
