@@ -56,7 +56,7 @@ class Painter:
     def draw_sheets(self, folder: Path) -> None:
         """The same prompts with the same seeds: by the teacher in two sizes, and by LCM and LCM-LoRA in a few steps."""
         preset, ranks, side = self._preset, self._ranks, self._preset.latent
-        states, guidance = self._tower.encode_prompts(SHEET_PROMPTS), preset.distilled_guidance
+        states, guidance = self._tower.encode_prompts(SHEET_PROMPTS[: preset.shown]), preset.distilled_guidance
         null, teacher = self._tower.encode_prompts([""]), self._predictor("teacher")
         for scale, name in ((1, "ddim-50"), (2, "large-ddim-50")):
             latents = sample_ddim(teacher, states, null, scale * side, ranks, guidance=guidance, seed=_SEED)

@@ -1,5 +1,6 @@
 """The stages in order, each taking what the earlier ones left on disk."""
 
+import shutil
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 
+from models.bundles.manifest import MANIFEST
 from models.diffusion.folder import read_json
 from models.scorer import Scorer
 from models.scorer.config import Thresholds
@@ -42,26 +45,31 @@ LORAS: dict[str, tuple[Callable[..., dict[str, Any]], Path]] = {
     "consistency": (train_consistency, Path("bundle/lora/consistency.safetensors")),
     "consistency-training": (tune_consistency, Path("unshipped/consistency-training.safetensors")),
 }
-_SEARCHED = 192  # prompts that time points are searched with
-
-
-def _source(data: Path, name: str) -> Path:
-    """`data`/carry/name where a run was carried to another machine, else `data`/name."""
-    carried = data / "carry" / name
-    return carried if carried.exists() else data / name
+TRAINED = ("vae", "scorer", "teacher", "lcm", *LORAS)
 
 
 class Run:
     """One training run on one rank. What several stages need is made when first asked for.
 
     `start`: a bundle or an export whose VAE and teacher the new ones start from; None starts from random weights.
+    `given`: a bundle whose VAE and scorer, if it has them, are taken as they are instead of being trained.
     """
 
     def __init__(
-        self, preset: Preset, budgets: Budgets, data: Path, out: Path, ranks: Ranks, start: Path | None = None
+        self,
+        preset: Preset,
+        budgets: Budgets,
+        data: Path,
+        out: Path,
+        ranks: Ranks,
+        start: Path | None = None,
+        given: Path | None = None,
     ) -> None:
         self._preset, self._budgets, self._data, self._out, self._ranks = preset, budgets, data, out, ranks
         self._start = start
+        self._given = {
+            part: given / part for part in ("vae", "scorer") if given is not None and (given / part).is_dir()
+        }
         self._checkpoints = Checkpoints(out / "checkpoints", ranks)
         self._concepts = select(preset.icons)
         self._bundle = out / "bundle"
@@ -71,7 +79,7 @@ class Run:
         if self._preset.icons is not None:
             pack = draw_shapes(self._concepts, self._preset.resolution)
         else:
-            pack = load_pack(_source(self._data, "sprites.zip"), self._concepts)
+            pack = load_pack(self._data / "sprites.zip", self._concepts)
         return Stage(pack, self._concepts, self._ranks.device)
 
     @cached_property
@@ -79,7 +87,7 @@ class Run:
         if self._preset.icons is not None:
             draft = CaptionWriter(self._concepts, tiny_tower(["a"], self._ranks.device))
             return tiny_tower(vocabulary(self._concepts, draft.phrases), self._ranks.device)
-        return load_minilm(_source(self._data, "minilm"), self._ranks.device, self._ranks.dtype)
+        return load_minilm(self._data / "minilm", self._ranks.device, self._ranks.dtype)
 
     @cached_property
     def writer(self) -> CaptionWriter:
@@ -110,30 +118,45 @@ class Run:
         return self._ring(1), self._ring(2)
 
     def _weights(self, stage: str) -> dict[str, Any]:
-        """Float32 weights of a finished stage."""
+        """Float32 weights of a finished stage, or of a part that the run was given."""
+        if stage in self._given:
+            return self._stored(self._given[stage])
         done = self._checkpoints.finished(stage)
         if done is None:
             raise RuntimeError(f"stage '{stage}' is not finished: run it first")
         weights: dict[str, Any] = done["weights"]
         return weights
 
-    def _first(self, component: str, network: Any) -> dict[str, Any] | None:
+    def _stored(self, folder: Path) -> dict[str, Any]:
+        """Float32 weights of a folder's safetensors files."""
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{folder} holds no weights")
+        shards = [load_file(file, device=str(self._ranks.device)) for file in files]
+        return {name: value.float() for shard in shards for name, value in shard.items()}
+
+    def _first(self, component: str) -> dict[str, Any] | None:
         """The weights that `component` starts from."""
-        if self._start is None:
-            return None
-        weights: dict[str, Any] = network.from_pretrained(
-            self._start / component, torch_dtype=torch.float32
-        ).state_dict()
-        return {name: value.to(self._ranks.device) for name, value in weights.items()}
+        return None if self._start is None else self._stored(self._start / component)
 
     def _record(self, name: str, value: Any) -> None:
         if self._ranks.main:
             export.write_metrics(self._out / "metrics" / f"{name}.json", value)
 
     def stage(self, name: str) -> None:
-        """Run one stage, unless it is done."""
+        """Run one stage; a trained one only if its figures are not there."""
         began = time.time()
         self._ranks.log(f"--- stage {name}")
+        if name in TRAINED and (self._out / "metrics" / f"{name}.json").exists():
+            self._ranks.log(f"{name}: is finished")
+        elif name in self._given:
+            self._take(name)
+        else:
+            self._run(name)
+        self._ranks.barrier()
+        self._ranks.log(f"--- stage {name} took {time.time() - began:.1f} s")
+
+    def _run(self, name: str) -> None:
         match name:
             case "sprites":
                 self._sprites()
@@ -151,29 +174,39 @@ class Run:
                 if self._ranks.main:
                     self._painter.draw_sheets(self._out / "sheets")
             case "pack":
-                self._pack()
+                if self._ranks.main:
+                    export.pack(self._out)
             case _ if name in LORAS:
                 self._train_lora(name)
             case _:
                 raise ValueError(f"stage: '{name}' is not known")
-        self._ranks.log(f"--- stage {name} took {time.time() - began:.1f} s")
+
+    def _take(self, name: str) -> None:
+        """Put a part that the run was given among its own, with the figures that its bundle has of it."""
+        if self._ranks.main:
+            folder = self._given[name]
+            shutil.copytree(folder, self._bundle / name, dirs_exist_ok=True)
+            self._record(name, read_json(folder.parent / MANIFEST)["training"][name])
+            self._ranks.log(f"{name}: taken from {folder}")
+
+    def _figures(self, name: str, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The figures of a stage's training, which may have ended before this process began."""
+        done = self._checkpoints.finished(name)
+        return train() if done is None else dict(done["figures"])
 
     def _sprites(self) -> None:
-        """Make what the run needs from the packages, where it was not carried here ready-made."""
-        if self._preset.icons is not None:
-            return
-        if self._ranks.main and not (self._data / "carry").exists():
+        """Make what the run needs from the packages, of which those are fetched that are not there."""
+        if self._preset.icons is None and self._ranks.main:
             self._data.mkdir(parents=True, exist_ok=True)
             make_pack(self._data, self._concepts)
             unpack_minilm(self._data)
-        self._ranks.barrier()
 
     def _train_vae(self) -> None:
-        first = self._first("vae", AutoencoderKL)
-        vae, figures = train_vae(self._preset, self.scenes, first, self._ranks, self._checkpoints, self._budgets.vae)
+        vae, figures = train_vae(
+            self._preset, self.scenes, self._first("vae"), self._ranks, self._checkpoints, self._budgets.vae
+        )
         if self._ranks.main:
             figures |= export.export_vae(vae.state_dict(), self._bundle / "vae", self._preset, self._ranks)
-            self._record("vae", figures)
             torch.manual_seed(0)
             pictures = self.scenes.compose(self.scenes.sample(32), self._preset.resolution)
             net = frozen(vae, self._ranks.device, torch.float32)
@@ -181,30 +214,32 @@ class Run:
                 again = net.decode(net.encode(pictures).latent_dist.mean).sample.float()
             both = torch.stack([pictures, again], 1).flatten(0, 1)
             save_sheet(both, self._out / "sheets" / "vae.webp")
+            self._record("vae", figures)
 
     def _train_scorer(self) -> None:
         preset = self._preset
         vae = None
-        if (first := self._first("vae", AutoencoderKL)) is not None:
+        earlier = self._weights("vae") if "vae" in self._given else self._first("vae")
+        if earlier is not None:
             vae = build_vae(preset)
-            vae.load_state_dict(first)
+            vae.load_state_dict(earlier)
             vae = frozen(vae, self._ranks.device, self._ranks.dtype)
         weights, figures = train_scorer(
             preset, self.scenes, self.writer, self.tower, self._ranks, self._checkpoints, self._budgets.scorer, vae
         )
         if self._ranks.main:
-            thresholds, validation = calibrate(preset, weights, self.scenes, self.writer, self.tower)
+            thresholds, validation = calibrate(preset, weights, self.scenes, self.writer, self.tower, preset.validated)
             sizes, vocabulary = sizes_of(preset, self.tower.width), vocabulary_of(self.scenes)
             save_scorer(self._bundle / "scorer", weights, sizes, vocabulary, thresholds)
             self._record("scorer", figures | {"concepts": len(self._concepts), "validation": validation})
-        self._ranks.barrier()
 
     def _train_teacher(self) -> None:
-        if self._checkpoints.finished("teacher") is not None:
-            return
-        figures = train_teacher(
-            self._preset, *self._rings, self._null, self._first("unet", UNet2DConditionModel), self._ranks,
-            self._checkpoints, self._budgets.teacher,
+        figures = self._figures(
+            "teacher",
+            lambda: train_teacher(
+                self._preset, *self._rings, self._null, self._first("unet"), self._ranks, self._checkpoints,
+                self._budgets.teacher,
+            ),
         )  # fmt: skip
         if self._ranks.main:
             weights = self._weights("teacher")
@@ -215,12 +250,12 @@ class Run:
             self._record("teacher", figures)
 
     def _train_lcm(self) -> None:
-        if self._checkpoints.finished("lcm") is not None:
-            return
-        usual, large = self._rings
-        figures = train_lcm(
-            self._preset, usual, self._null, self._weights("teacher"), self._ranks, self._checkpoints,
-            self._budgets.lcm, large,
+        figures = self._figures(
+            "lcm",
+            lambda: train_lcm(
+                self._preset, self._rings[0], self._null, self._weights("teacher"), self._ranks, self._checkpoints,
+                self._budgets.lcm, self._rings[1],
+            ),
         )  # fmt: skip
         if self._ranks.main:
             weights = self._weights("lcm")
@@ -232,17 +267,19 @@ class Run:
 
     def _train_lora(self, name: str) -> None:
         """A student that is a LoRA of the teacher; consistency models are given their time points too."""
-        if self._checkpoints.finished(name) is not None:
-            return
         train, file = LORAS[name]
         seconds = getattr(self._budgets, name.replace("-", "_"))
-        figures = train(
-            self._preset, self._rings[0], self._null, self._weights("teacher"), self._ranks, self._checkpoints, seconds
-        )
+        figures = self._figures(
+            name,
+            lambda: train(
+                self._preset, self._rings[0], self._null, self._weights("teacher"), self._ranks, self._checkpoints,
+                seconds,
+            ),
+        )  # fmt: skip
         if self._ranks.main:
             save_lora(self._weights(name), self._out / file)
             if name != "lcm-lora":
-                prompts = describe(self.scenes.sample(min(_SEARCHED, self._preset.unet_batch)), self._concepts)
+                prompts = describe(self.scenes.sample(self._preset.searched), self._concepts)
                 figures["sigmas"] = self._painter.time_points(name, self._scorer, prompts)
             self._record(name, figures)
 
@@ -253,7 +290,7 @@ class Run:
     @cached_property
     def _scorer(self) -> Scorer:
         """The finished scorer with its thresholds."""
-        config = self._bundle / "scorer" / CONFIG
+        config = self._given.get("scorer", self._bundle / "scorer") / CONFIG
         thresholds = Thresholds.parse(read_json(config)["thresholds"], config)
         return make_scorer(self._preset, self._weights("scorer"), self.scenes, self.tower, thresholds)
 
@@ -262,10 +299,3 @@ class Run:
         if self._ranks.main:
             writer = CaptionWriter(self._concepts, self.tower, unseen=True)
             make_reference(self._bundle / "eval", self.scenes, writer, self._scorer, self.vae, self._preset.resolution)
-        self._ranks.barrier()
-
-    def _pack(self) -> None:
-        """What is to leave the machine."""
-        if self._ranks.main:
-            export.pack(self._out)
-        self._ranks.barrier()

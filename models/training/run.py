@@ -50,6 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         name = stage.replace("_", "-")
         parser.add_argument(f"--{name}-seconds", type=float, help=f"training time of the stage {name}")
     parser.add_argument("--start-from", type=Path, help="folder with an earlier unet/ and vae/ to go on from")
+    parser.add_argument("--given", type=Path, help="bundle whose vae/ and scorer/ are taken instead of trained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--miniature", action="store_true", help="tiny sizes on drawn shapes, for the CPU")
     parser.add_argument("--smoke", action="store_true", help="seconds a stage, full sizes")
@@ -90,7 +91,7 @@ def work(args: argparse.Namespace) -> None:
     ranks = join(float(os.environ.get("STARTED", time.time())))
     preset = replace(MINIATURE if args.miniature else FULL, seed=args.seed).for_one_of(args.batch_of)
     try:
-        run = Run(preset, budgets(args), args.data, args.out, ranks, args.start_from)
+        run = Run(preset, budgets(args), args.data, args.out, ranks, args.start_from, args.given)
         for stage in args.stage:
             run.stage(stage)
         ranks.log("end")
@@ -120,6 +121,7 @@ def _rehearsal(args: argparse.Namespace, ranks: int, environment: dict[str, str]
     arguments = ["--smoke", "--ranks", "1", "--batch-of", str(ranks), "--data", str(args.data), "--out", str(folder)]
     arguments += ["--miniature"] if args.miniature else []
     arguments += ["--start-from", str(args.start_from)] if args.start_from else []
+    arguments += ["--given", str(args.given)] if args.given else []
     own = {key: value for key, value in environment.items() if key != AWAIT_MARKERS}
     own |= {LEAVE_MARKERS: str(markers), "RANK": "0", "RANKS": "1", "CUDA_VISIBLE_DEVICES": _gpu(ranks - 1)}
     return _start(arguments, own, folder / "log.txt")

@@ -10,6 +10,9 @@ class Preset:
     large_every: one in so many steps is on pictures of twice the side, a quarter of the batch.
     lora_…: of the LCM-LoRA, and of the consistency LoRAs, which have consistency_rank.
     distilled_guidance: the one scale that students without a guidance input are distilled at.
+    validated: renders of each kind that the scorer is measured on.
+    searched: prompts that time points of consistency models are searched with.
+    shown: prompts of a sheet.
     """
 
     name: str
@@ -39,6 +42,9 @@ class Preset:
     large_every: int
     scorer_batch: int
     scorer_rate: float
+    validated: int
+    searched: int
+    shown: int
     icons: tuple[str, ...] | None
     log_every: int
     seed: int = 0
@@ -83,6 +89,9 @@ FULL = Preset(
     large_every=5,
     scorer_batch=512,
     scorer_rate=1e-3,
+    validated=256,
+    searched=192,
+    shown=64,
     icons=None,
     log_every=250,
 )
@@ -115,6 +124,9 @@ MINIATURE = Preset(
     large_every=3,
     scorer_batch=16,
     scorer_rate=1e-3,
+    validated=16,
+    searched=8,
+    shown=4,
     icons=("red-circle", "blue-heart", "star", "rock", "green-apple", "orange-circle", "red-heart", "cloud"),
     log_every=20,
 )

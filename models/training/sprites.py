@@ -45,7 +45,7 @@ class SpritePack:
     counts: torch.Tensor
 
 
-def _archive(data: Path, style: str) -> Path:
+def archive(data: Path, style: str) -> Path:
     """The package's .tgz under `data`, fetched with npm when absent."""
     name, version = PACKAGES[style]
     path = data / f"iconify-json-{name}-{version}.tgz"
@@ -146,7 +146,7 @@ def make_pack(data: Path, concepts: Sequence[Concept]) -> Path:
         with zipfile.ZipFile(path) as pack:
             if set(names) == set(pack.namelist()):
                 return path
-    packages = {style: _icons(_archive(data, style)) for style in STYLES}
+    packages = {style: _icons(archive(data, style)) for style in STYLES}
     for concept in concepts:
         for style, own in zip(STYLES, concept.drawings, strict=True):
             (folder / style).mkdir(parents=True, exist_ok=True)

@@ -149,7 +149,7 @@ def calibrate(
     stage: Stage,
     writer: CaptionWriter,
     tower: TextTower,
-    count: int = 256,
+    count: int,
 ) -> tuple[Thresholds, dict[str, Any]]:
     """The thresholds for a trained scorer, and its figures under them, of `count` renders of each kind."""
     thresholds = Validation(make_scorer(preset, weights, stage, tower), stage, writer).thresholds(4 * count)
