@@ -29,6 +29,8 @@ from accel.samplers.schedules import (
     spaced_timesteps,
 )
 
+SAME_LEVEL = 1e-6  # alphas no further apart are one noise level
+
 Rows = tuple[list[Row], float]  # rows, and the standard deviation of the initial noise
 
 
@@ -231,12 +233,24 @@ def build_plan(
     return Plan(sampler, tuple(Row(*map(float, row)) for row in rows), float(init_scale), first)
 
 
-def first_row_at(rows: Sequence[Row], alpha: float) -> int:
-    """Index of the first row whose input is no noisier than a latent of signal scale alpha; len(rows) if all are.
+def entry_row(rows: Sequence[Row], alpha: float) -> int:
+    """Index of the last row whose input is at least as noisy as a latent of signal scale alpha; 0 if none is.
 
-    A tolerance of 1e-6 lets a latent whose alpha went through float32 find the row that it came from.
+    A tolerance of SAME_LEVEL lets a latent whose alpha went through float32 find the row that it came from.
     """
-    return next((i for i, row in enumerate(rows) if row.alpha >= alpha - 1e-6), len(rows))
+    return max((i for i, row in enumerate(rows) if row.alpha <= alpha + SAME_LEVEL), default=0)
+
+
+def renoise(alpha: float, noisier: float) -> tuple[float, float]:
+    """(kept, fresh) of x <- kept*x + fresh*noise, which takes a latent of signal scale `alpha` to that of `noisier`.
+
+    kept = noisier/alpha scales the signal; with noise of scale sqrt(1 - alpha^2) in x, the variance that is then
+    missing is 1 - noisier^2 - kept^2 (1 - alpha^2) = 1 - kept^2. A latent at this level already stays as it is.
+    """
+    if noisier >= alpha - SAME_LEVEL:
+        return 1.0, 0.0
+    kept = noisier / alpha
+    return kept, float((1 - kept**2) ** 0.5)
 
 
 def _euler_grid(schedule: NoiseSchedule, steps: int, spacing: str, karras: bool) -> tuple[Array, Array]:

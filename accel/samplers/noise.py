@@ -13,6 +13,7 @@ import math
 import torch
 
 INITIAL_ROW = -1  # the row of the latent that sampling starts from: counter row 0
+ENTRY_ROW = 2**32 - 2  # the row of the noise that is added to a latent found elsewhere: the last counter row
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

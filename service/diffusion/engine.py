@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from accel.memory.latents import LatentSlots
-from accel.samplers.library import build_plan
+from accel.samplers.library import build_plan, entry_row
 from accel.samplers.plans import Plan
 from models.diffusion.model import Condition, DiffusionModel, ModelCard
 from service.config import EngineSettings
@@ -31,6 +31,7 @@ from service.diffusion.request import (
 )
 from service.diffusion.runner import Runner, explained
 from service.diffusion.scheduler import Scheduler
+from service.diffusion.starts import GuardedStarts, Starts, Wanted
 from service.errors import DeadlineError, HeadstartError, InputError
 
 DECODE_BATCH = 4
@@ -44,7 +45,7 @@ class Observer(Protocol):
         ...
 
     def stage(self, name: str, seconds: float) -> None:
-        """One batch went through "encode", "preview" or "decode"."""
+        """One batch went through "encode", "lookup", "preview" or "decode"."""
         ...
 
 
@@ -58,6 +59,9 @@ class DiffusionEngine:
 
     Every added request gets Started at most once, then its Progress, Partial and Image events, and exactly one of
     Completed, Failed, Cancelled.
+
+    Args:
+        starts: where pictures may start from latents of others, and leave their own; None: all start from noise.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class DiffusionEngine:
         settings: EngineSettings,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        starts: Starts | None = None,
     ) -> None:
         self._model = model
         latents = LatentSlots(settings.max_running, model.device)
@@ -74,7 +79,8 @@ class DiffusionEngine:
         self.observer: Observer = observer or NullObserver()
         self._clock = clock
         self._events: list[Event] = []
-        self._plan = lru_cache(maxsize=256)(self._build_plan)
+        self._plan = lru_cache(maxsize=1024)(self._build_plan)
+        self._starts = None if starts is None else GuardedStarts(starts)
 
     @property
     def card(self) -> ModelCard:
@@ -87,7 +93,7 @@ class DiffusionEngine:
             InputError: the sampler has no plan of so many steps.
         """
         try:
-            plan = self._plan(request.sampler, request.loras, request.steps, request.eta)
+            plan = self._plan(request.sampler, request.loras, request.steps, request.eta, 0)
         except ValueError as error:
             raise InputError(str(error)) from None
         self._scheduler.add(request, plan, self._runner.bucket(request), self._clock())
@@ -109,12 +115,13 @@ class DiffusionEngine:
         return self._drain()
 
     def step(self) -> list[Event]:
-        """Admit, run one row of one batch, decode what it finished; what happened, in order."""
+        """Admit, run one row of one batch, copy latents to keep, decode what it finished; what happened, in order."""
         self._expire()
         self._admit()
         tick = self._scheduler.schedule(self._clock())
         if tick is not None:
             self._run(tick)
+            self._copy(tick)
             self._preview(tick)
         self._decode()
         return self._drain()
@@ -125,7 +132,8 @@ class DiffusionEngine:
             self._fail(job, DeadlineError(message, param="deadline_s"))
 
     def _admit(self) -> None:
-        """Give out free slots; encode the prompts of requests that get their first, alike ones together."""
+        """Give out free slots; for requests that get their first, encode the prompts, alike ones together, and look for
+        latents to start from."""
         admitted, refused = self._scheduler.admit(self._clock())
         if refused is not None:
             self._fail_picture(refused[0], explained(refused[1], "starting a picture"))
@@ -137,6 +145,7 @@ class DiffusionEngine:
                 groups.setdefault((request.sampler, request.width, request.height, request.loras), []).append(job)
         for jobs in groups.values():
             self._encode(jobs)
+        self._enter([job for jobs in groups.values() for job in jobs if job.condition is not None])
         self._begin([picture for picture in admitted if picture.state is State.IN_PROGRESS])
 
     def _begin(self, pictures: list[Picture]) -> None:
@@ -165,6 +174,33 @@ class DiffusionEngine:
             job.encode_s += seconds
             self._scheduler.attach(job, condition)
 
+    def _enter(self, jobs: list[Job]) -> None:
+        """Let pictures of new requests enter their plans late, from latents that are found; mark what is to be kept."""
+        if self._starts is None:
+            return
+        looking = [job for job in jobs if job.request.cache is not None and job.request.cache.look]
+        if looking:
+            self._look(looking, self._starts)
+        for job in jobs:
+            picture = job.pictures[0]
+            if job.request.cache is not None and job.request.cache.store and picture.start is None:
+                self._scheduler.mark(picture, self._starts.marks(job.request, picture.plan))
+
+    def _look(self, jobs: list[Job], starts: GuardedStarts) -> None:
+        begun = self._clock()
+        wanted = [Wanted(job.request, job.pictures[0].plan, job.pictures[0].bucket.shape) for job in jobs]
+        found = starts.find(wanted)
+        seconds = self._clock() - begun
+        self.observer.stage("lookup", seconds)
+        for job, (request, plan, _), of_job in zip(jobs, wanted, found, strict=True):
+            job.looked = True
+            job.lookup_s += seconds
+            for picture, start in zip(job.pictures, of_job, strict=True):
+                if start is not None:
+                    first = entry_row(plan.rows, start.alpha)
+                    late = self._plan(request.sampler, request.loras, request.steps, request.eta, first)
+                    self._scheduler.enter(picture, late, start)
+
     def _run(self, tick: Tick) -> None:
         begun = self._clock()
         advanced, failed = self._runner.run(tick)
@@ -181,6 +217,13 @@ class DiffusionEngine:
             if picture.state is State.IN_PROGRESS:
                 first, total = picture.plan.first, picture.plan.first + len(picture.plan)
                 self._events.append(Progress(picture.request.id, picture.index, first + picture.cursor, total))
+
+    def _copy(self, tick: Tick) -> None:
+        """Send the latents that are to be kept on their way to the host."""
+        marked = [picture for picture in tick.pictures if picture.marked]
+        if marked:
+            for picture, latent in zip(marked, self._runner.copy(marked), strict=False):
+                self._scheduler.jobs[picture.request.id].latents[picture.row.alpha] = latent
 
     def _preview(self, tick: Tick) -> None:
         due = [picture for picture in tick.pictures if _preview_number(picture) is not None]
@@ -214,12 +257,12 @@ class DiffusionEngine:
 
     def _finish(self, picture: Picture, pixels: object) -> None:
         job = self._scheduler.jobs[picture.request.id]
-        steps, skipped = len(picture.plan), picture.plan.first
-        self._events.append(
-            Image(picture.request.id, picture.index, picture.seed, pixels, steps, skipped, steps * picture.evaluations)
-        )
+        self._events.append(_image(picture, pixels, job.looked))
         if self._scheduler.complete(picture):
             self._events.append(Completed(job.request.id, job.timings(self._clock()), self._warnings(job)))
+            if self._starts is not None and job.latents:
+                # The decoder has waited for the device, and with it for these copies.
+                self._starts.keep(job.request, {alpha: latent() for alpha, latent in job.latents.items()})
 
     def _warnings(self, job: Job) -> tuple[str, ...]:
         condition = job.condition
@@ -256,10 +299,28 @@ class DiffusionEngine:
         events, self._events = self._events, []
         return events
 
-    def _build_plan(self, sampler: str, loras: tuple[tuple[str, float], ...], steps: int, eta: float) -> Plan:
+    def _build_plan(
+        self, sampler: str, loras: tuple[tuple[str, float], ...], steps: int, eta: float, first: int
+    ) -> Plan:
         defaults = self._model.card.defaults(sampler, loras)
         schedule = self._model.schedule(sampler, loras)
-        return build_plan(sampler, schedule, steps, spacing=defaults.spacing, karras=defaults.karras, eta=eta)
+        spacing, karras = defaults.spacing, defaults.karras
+        return build_plan(sampler, schedule, steps, spacing=spacing, karras=karras, eta=eta, first=first)
+
+
+def _image(picture: Picture, pixels: object, looked: bool) -> Image:
+    steps, start = len(picture.plan), picture.start
+    return Image(
+        picture.request.id,
+        picture.index,
+        picture.seed,
+        pixels,
+        steps_run=steps,
+        steps_skipped=picture.plan.first,
+        evaluations=steps * picture.evaluations,
+        cache_result="bypass" if not looked else "miss" if start is None else "hit",
+        similarity=None if start is None else start.similarity,
+    )
 
 
 def _preview_number(picture: Picture) -> int | None:

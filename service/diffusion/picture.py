@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from accel.samplers.plans import Plan, Row
 from service.diffusion.request import ImageRequest, State, Timings
+from service.diffusion.starts import Start
 
 if TYPE_CHECKING:
     from models.diffusion.model import Condition
 
 Key = tuple[float, ...]
+Arriving = Callable[[], np.ndarray]  # waits for a copy on its way to the host, and returns it
 
 
 class Bucket(NamedTuple):
@@ -33,6 +38,8 @@ class Picture:
     bucket: Bucket
     turn: Key  # earlier is more urgent
     condition: Condition | None = None  # set before its first tick
+    start: Start | None = None  # None: it starts from noise
+    marks: frozenset[int] = frozenset()  # rows whose input latents are kept
     cursor: int = 0  # rows run
     slot: int = -1  # held while in progress
     state: State = State.QUEUED
@@ -46,6 +53,11 @@ class Picture:
         return self.cursor == len(self.plan)
 
     @property
+    def marked(self) -> bool:
+        """Its latent, as it is now, is to be kept."""
+        return self.state is State.IN_PROGRESS and self.cursor in self.marks
+
+    @property
     def evaluations(self) -> int:
         """Network rows that one step of this picture takes."""
         assert self.condition is not None
@@ -54,7 +66,10 @@ class Picture:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request that is not terminal yet, and its times in seconds."""
+    """A request that is not terminal yet, and its times in seconds.
+
+    looked: whether latents to start from were looked for. latents: those kept so far, by alpha.
+    """
 
     request: ImageRequest
     pictures: list[Picture]
@@ -62,6 +77,8 @@ class Job:
     turn: Key
     started: float | None = None
     condition: Condition | None = None
+    looked: bool = False
+    latents: dict[float, Arriving] = field(default_factory=dict)
     encode_s: float = 0.0
     lookup_s: float = 0.0
     denoise_s: float = 0.0

@@ -1,7 +1,7 @@
-"""The only code that touches the model: encode, begin, run, preview, decode. Called from the engine's thread alone.
+"""The only code that touches the model: encode, begin, run, copy, preview, decode. Called from the engine's thread.
 
 `run` queues work and does not wait for the device, except to keep the host from racing more than two ticks ahead of it.
-`preview` and `decode` wait: they bring pictures to the host.
+`copy` queues a copy to the host behind it. `preview` and `decode` wait: they bring pictures to the host.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +18,12 @@ import torch
 
 from accel.kernels.sampler_step import sampler_step
 from accel.memory.latents import LatentSlots
-from accel.samplers.noise import INITIAL_ROW, gaussian
+from accel.samplers.library import renoise
+from accel.samplers.noise import ENTRY_ROW, INITIAL_ROW, gaussian
 from models.diffusion.denoiser import to_device
 from models.diffusion.model import Condition, Denoiser, DiffusionModel, as_array
 from models.errors import ModelError
-from service.diffusion.picture import Bucket, Picture, Tick
+from service.diffusion.picture import Arriving, Bucket, Picture, Tick
 from service.diffusion.request import ImageRequest
 from service.diffusion.staging import Staging
 from service.errors import HeadstartError, NonFiniteError, OutOfMemoryError
@@ -93,14 +95,23 @@ class Runner:
 
     @torch.inference_mode()
     def begin(self, pictures: Sequence[Picture]) -> None:
-        """Put the initial latents of pictures that were just given slots into them: gaussian(seed) * init_scale."""
+        """Put the initial latents of pictures that were just given slots into them.
+
+        Without a start that is gaussian(seed) * init_scale; with one, its latent, with as much noise added as takes it
+        to the level of the picture's first row.
+        """
         for batch in _by_shape(pictures):
             shape = batch[0].bucket.shape
             x, _, _ = self._latents.tensors(shape)
             seeds = self._send([picture.seed for picture in batch])
-            scales = self._send([picture.plan.init_scale for picture in batch])
-            noise = gaussian(seeds, INITIAL_ROW, shape, self._model.device)
-            x[self._slots(batch)] = noise * scales.view(-1, 1, 1, 1)
+            rows = self._send([INITIAL_ROW if picture.start is None else ENTRY_ROW for picture in batch])
+            kept, fresh = zip(*map(_mixture, batch), strict=True)
+            noise = gaussian(seeds, rows, shape, self._model.device)
+            x[self._slots(batch)] = noise * self._send(fresh).view(-1, 1, 1, 1)
+            for picture, scale in zip(batch, kept, strict=True):
+                if picture.start is not None:
+                    latent = torch.from_numpy(scale * picture.start.latent.astype(np.float32))
+                    x[picture.slot] += to_device(latent, self._model.device)
 
     def run(self, tick: Tick) -> Outcome:
         """Advance the tick's pictures by one row, splitting the batch when memory runs out.
@@ -142,6 +153,26 @@ class Runner:
         finally:
             self._staging.mark()
         return None
+
+    @torch.inference_mode()
+    def copy(self, pictures: Sequence[Picture]) -> list[Arriving]:
+        """Send these pictures' latents to the host, [C, h, w] float16 each. One shape.
+
+        The copies are of the latents as they are now, whatever is queued after. None at all if there is no memory.
+        """
+        x, _, _ = self._latents.tensors(pictures[0].bucket.shape)
+        try:
+            halves = x[self._slots(pictures)].half()
+            if self._model.device.type == "cpu":
+                return [latent.numpy for latent in halves]
+            host = torch.empty(halves.shape, dtype=torch.float16, pin_memory=True)
+            host.copy_(halves, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(self._model.device))
+        except Exception as error:
+            log.warning("latents are not kept: %s", explained(error, "copying latents").message)
+            return []
+        return [partial(_arrived, latent, arrived) for latent in host]
 
     def preview(self, pictures: Sequence[Picture]) -> list[np.ndarray | HeadstartError]:
         """Cheap pictures of the last estimates of x0, [H, W, 3] uint8 each, or why there is none. One shape."""
@@ -213,6 +244,19 @@ def explained(error: Exception, doing: str) -> HeadstartError:
         return HeadstartError(f"{doing} failed: {error}")
     log.error("%s failed", doing, exc_info=error)
     return HeadstartError(f"{doing} failed: {type(error).__name__}")
+
+
+def _mixture(picture: Picture) -> tuple[float, float]:
+    """What a picture begins with: so much of the latent that was found for it, and so much noise."""
+    if picture.start is None:
+        return 0.0, picture.plan.init_scale
+    return renoise(picture.start.alpha, picture.row.alpha)
+
+
+def _arrived(latent: torch.Tensor, arrived: torch.cuda.Event) -> np.ndarray:
+    """The copy on the host, in memory that is not pinned."""
+    arrived.synchronize()
+    return latent.numpy().copy()
 
 
 def _by_shape(pictures: Sequence[Picture]) -> list[list[Picture]]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 from accel.samplers.plans import Plan
 from service.diffusion.picture import Bucket, Job, Key, Picture, Tick
 from service.diffusion.request import MAX_SEED, ImageRequest, State
+from service.diffusion.starts import Start
 
 if TYPE_CHECKING:
     from models.diffusion.model import Condition
@@ -156,6 +157,14 @@ class Scheduler:
         job.condition = condition
         for picture in job.pictures:
             picture.condition = condition
+
+    def enter(self, picture: Picture, plan: Plan, start: Start) -> None:
+        """Let a picture that has run nothing yet start from a latent, and so run this shorter plan."""
+        picture.plan, picture.start = plan, start
+
+    def mark(self, picture: Picture, rows: frozenset[int]) -> None:
+        """The picture's latents at the input of these rows are to be kept."""
+        picture.marks = rows
 
     def schedule(self, now: float) -> Tick | None:
         """Choose a lane and as many of its rows, most urgent first, as fit the batch."""

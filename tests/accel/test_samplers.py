@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from accel.kernels.sampler_step import sampler_step
 from accel.samplers.betas import BETA_SCHEDULES
-from accel.samplers.library import SAMPLERS, build_plan, first_row_at
+from accel.samplers.library import SAMPLERS, build_plan, entry_row, renoise
 from accel.samplers.noise import INITIAL_ROW, gaussian
 from accel.samplers.plans import Plan
 from accel.samplers.schedules import SPACINGS, ConsistencySchedule, LatentConsistencySchedule, NoiseSchedule
@@ -255,17 +255,28 @@ def test_zero_terminal_snr_starts_from_pure_noise() -> None:
     assert build_plan("euler", ZERO_SNR, 25, spacing="trailing").rows[0].alpha == pytest.approx(2**-12, rel=1e-6)
 
 
-def test_first_row_at() -> None:
+def test_entry_row() -> None:
     rows = build_plan("euler", SD, 25, spacing="leading").rows
     for i, row in enumerate(rows):
-        assert first_row_at(rows, row.alpha) == i
-        assert first_row_at(rows, float(np.float32(row.alpha))) == i
-    assert first_row_at(rows, 0.0) == 0
-    assert first_row_at(rows, (rows[3].alpha + rows[4].alpha) / 2) == 4
-    assert first_row_at(rows, 1.0) == 25
+        assert entry_row(rows, row.alpha) == i
+        assert entry_row(rows, float(np.float32(row.alpha))) == i
+    assert entry_row(rows, 0.0) == 0
+    assert entry_row(rows, (rows[3].alpha + rows[4].alpha) / 2) == 3
+    assert entry_row(rows, 1.0) == 24
     taken = build_plan("dpmpp_2m", SD, 50, spacing="leading").rows[20].alpha
-    entry = first_row_at(rows, taken)
-    assert rows[entry - 1].alpha < taken <= rows[entry].alpha
+    entry = entry_row(rows, taken)
+    assert rows[entry].alpha <= taken < rows[entry + 1].alpha
+
+
+def test_a_renoised_latent_has_the_mean_and_the_variance_of_its_new_level() -> None:
+    x0, generator = 3.0, torch.Generator().manual_seed(0)
+    alpha, noisier = 0.8, 0.3
+    first, second = torch.randn(2, 1_000_000, generator=generator, dtype=torch.float64)
+    kept, fresh = renoise(alpha, noisier)
+    x = kept * (alpha * x0 + (1 - alpha**2) ** 0.5 * first) + fresh * second
+    assert float(x.mean()) == pytest.approx(noisier * x0, abs=0.005)
+    assert float(x.var()) == pytest.approx(1 - noisier**2, rel=0.005)
+    assert renoise(alpha, alpha) == renoise(alpha, float(np.float32(alpha))) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(
