@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
 from service import logs
-from service.api import generate, images, ops
+from service.api import cache, generate, images, ops
 from service.api.middleware import ApiKey, BodyLimit, Envelope
 from service.api.replies import on_headstart_error, on_http_exception
 from service.api.server import Server, listen
@@ -55,14 +55,14 @@ def create_app(
         title="Headstart", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
     )
     app.state.service = service
-    for module in (generate, images, ops):
+    for module in (generate, images, cache, ops):
         app.include_router(module.router)
     app.add_exception_handler(HeadstartError, on_headstart_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=settings.server.max_body_bytes)
-    if settings.server.api_key is not None:
-        app.add_middleware(ApiKey, key=settings.server.api_key)
+    if settings.server.keys:
+        app.add_middleware(ApiKey, keys=settings.server.keys)
     app.add_middleware(Envelope, metrics=metrics)
     return app
 

@@ -166,13 +166,13 @@ async def _draw(runtime: Runtime, request: ImageRequest, quiet: bool) -> tuple[l
                     return sorted(images, key=lambda image: image.index), event
         raise CancelledError("the request was cancelled")
     finally:
-        await runtime.bridge.close(0)
+        await runtime.close(0)
 
 
 def _write(request: ImageRequest, images: Sequence[Image], model: str, output: Output) -> list[Path]:
     """The files written; the contact sheet, when there is one, is the last."""
     pixels = [cast(np.ndarray, image.pixels) for image in images]
-    recipes = [recipe_of(request, image.seed, model) for image in images]
+    recipes = [recipe_of(request, image.seed, model, image.steps_skipped) for image in images]
     if len(images) == 1:
         output.write(output.path, encode(pixels[0], output.format, output.quality, recipes[0]))
         return [output.path] if output.path is not None else []

@@ -63,8 +63,13 @@ class Recipe:
         return f"{self.prompt}{negative}\n{line}"
 
 
-def recipe_of(request: ImageRequest, seed: int, model: str) -> Recipe:
-    """What a picture of the request is drawn from."""
+def recipe_of(request: ImageRequest, seed: int, model: str, steps_skipped: int = 0) -> Recipe:
+    """What a picture of the request is drawn from.
+
+    Args:
+        steps_skipped: rows that were not run, because the picture started from the latent of a similar one. The same
+            settings then draw another picture once that latent is gone.
+    """
     parameters = {
         "Steps": str(request.steps),
         "Sampler": SAMPLER_LABELS.get(request.sampler, request.sampler),
@@ -73,6 +78,8 @@ def recipe_of(request: ImageRequest, seed: int, model: str) -> Recipe:
         "Size": f"{request.width}x{request.height}",
         "Model": model,
     }
+    if steps_skipped:
+        parameters["Cache"] = f"{steps_skipped} of {request.steps} steps skipped"
     if request.eta:
         parameters["Eta"] = f"{request.eta:g}"
     if request.class_label is not None:

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 
 from models.diffusion.loading import load_model
 from models.diffusion.model import ModelCard
@@ -15,14 +16,18 @@ from service.diffusion.admission import resolve
 from service.diffusion.engine import DiffusionEngine, Observer
 from service.diffusion.request import MAX_SEED, Draft, Failed, ImageRequest
 from service.errors import InputError
+from service.latents import Latents
 
 
 class Runtime:
-    """Takes drafts and draws them, once `bridge` has been started."""
+    """Takes drafts and draws them, once `bridge` has been started. latents: None where there is no cache."""
 
-    def __init__(self, card: ModelCard, bridge: Bridge[ImageRequest], limits: EngineSettings) -> None:
+    def __init__(
+        self, card: ModelCard, bridge: Bridge[ImageRequest], limits: EngineSettings, latents: Latents | None = None
+    ) -> None:
         self.card = card
         self.bridge = bridge
+        self.latents = latents
         self._limits = limits
 
     def resolve(self, draft: Draft, names: Mapping[str, str]) -> ImageRequest:
@@ -43,6 +48,19 @@ class Runtime:
             name = names.get(field, field)
             message = name + error.message.removeprefix(field)
             raise InputError(message, param=name.partition(":")[0], code=error.code) from None
+
+    async def with_cache(self, request: ImageRequest, draft: Draft, mode: str, tenant: str) -> ImageRequest:
+        """The request of a draft, told what the cache may do for it (see `Latents.intent`)."""
+        if self.latents is None:
+            return request
+        seeded = draft.seed not in (None, -1)
+        return replace(request, cache=await self.latents.intent(request.prompt, mode, seeded, tenant))
+
+    async def close(self, grace_s: float) -> None:
+        """Let live requests finish for `grace_s` seconds, cancel the rest, and write what is still to be cached."""
+        await self.bridge.close(grace_s)
+        if self.latents is not None:
+            await asyncio.to_thread(self.latents.close)
 
     async def warm_up(self) -> None:
         """Draw one picture in one step, so that the first client does not pay for what is made on first use.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 from starlette.requests import Request
 
+from service.api.middleware import tenant_of
+from service.api.schemas import DrawBody
 from service.api.state import Service
 from service.bridge import RequestStream
 from service.diffusion.request import Cancelled, Completed, Event, Failed, Image, ImageRequest, Partial
@@ -34,17 +37,51 @@ class Job:
     model: str
     format: str  # png | jpeg | webp
     quality: int  # 0 to 100
+    embed_s: float = 0.0  # what the prompt's embedding took, before the engine had the request
 
     @property
     def size(self) -> str:
         return f"{self.request.width}x{self.request.height}"
 
+    def timings(self, completed: Completed) -> dict[str, float]:
+        """Of the reply: embedding the prompt is part of looking it up."""
+        engine = completed.timings
+        return asdict(replace(engine, lookup_s=engine.lookup_s + self.embed_s, total_s=engine.total_s + self.embed_s))
+
     async def picture(self, service: Service, image: Image) -> Picture:
-        recipe = recipe_of(self.request, image.seed, self.model)
+        recipe = recipe_of(self.request, image.seed, self.model, image.steps_skipped)
         return Picture(image, await service.encode(cast(np.ndarray, image.pixels), self.format, self.quality, recipe))
 
     async def preview(self, service: Service, partial: Partial) -> bytes:
         return await service.encode(cast(np.ndarray, partial.pixels), self.format, self.quality)
+
+
+async def prepare(service: Service, client: Request, body: DrawBody, format: str) -> Job:
+    """What the body asks for, checked, and its prompt embedded if the cache is to be asked.
+
+    Raises:
+        InputError: in the names of the body's fields.
+        UnavailableError: no requests are taken.
+    """
+    runtime, draft = service.runtime, body.draft()
+    request = runtime.resolve(draft, body.names)
+    begun = time.monotonic()
+    request = await runtime.with_cache(request, draft, body.cache or "auto", tenant_of(client))
+    embed_s = 0.0
+    if request.cache is not None:
+        embed_s = time.monotonic() - begun
+        service.metrics.stage("embed", embed_s)
+    return Job(request, runtime.card.name, format, body.quality, embed_s)
+
+
+def cache_facts(image: Image) -> dict[str, Any]:
+    """What a reply says of the cache's part in a picture; never whose prompt it started from, nor which."""
+    return {
+        "result": image.cache_result,
+        "similarity": image.similarity,
+        "steps_skipped": image.steps_skipped,
+        "steps_run": image.steps_run,
+    }
 
 
 async def draw(service: Service, client: Request, job: Job) -> tuple[list[Picture], Completed]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 from urllib.parse import quote
@@ -13,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from service.api.accept import negotiate
 from service.api.bodies import read_body
-from service.api.drawing import Job, Picture, draw, events_of
+from service.api.drawing import Job, Picture, cache_facts, draw, events_of, prepare
 from service.api.events import EventStream, Messages
 from service.api.messages import base64_text, image_message, partial_message
 from service.api.openapi import json_body
@@ -32,10 +31,9 @@ async def generate(client: Request) -> Response:
     service = service_of(client)
     body = await read_body(client, GenerateBody)
     media_type = _media_type(client, body)
-    runtime = service.runtime
-    request = runtime.resolve(body.draft(), body.names)
     format = media_type.partition("/")[2] if media_type.startswith("image/") else body.output_format or "png"
-    job = Job(request, runtime.card.name, format, body.quality)
+    job = await prepare(service, client, body, format)
+    request = job.request
     if body.stream:
         return EventStream(_messages(service, client, job, service.submit(request)))
     if media_type.startswith("image/") and request.n > 1:
@@ -49,7 +47,7 @@ async def generate(client: Request) -> Response:
             "created": int(time.time()),
             "model": job.model,
             "data": [{"b64_json": base64_text(picture.data)} | _facts(job, picture.image) for picture in pictures],
-            "timings": dataclasses.asdict(completed.timings),
+            "timings": job.timings(completed),
             "warnings": completed.warnings,
         }
     )
@@ -70,6 +68,7 @@ def _facts(job: Job, image: Image) -> dict[str, Any]:
         "steps_run": image.steps_run,
         "steps_skipped": image.steps_skipped,
         "evaluations": image.evaluations,
+        "cache": cache_facts(image),
     }
 
 
@@ -81,8 +80,11 @@ def _headers(job: Job, picture: Picture, completed: Completed) -> dict[str, str]
         "Steps-Run": picture.image.steps_run,
         "Steps-Skipped": picture.image.steps_skipped,
         "Evaluations": picture.image.evaluations,
-        "Total-Seconds": f"{completed.timings.total_s:.3f}",
+        "Cache": picture.image.cache_result,
+        "Total-Seconds": f"{job.timings(completed)['total_s']:.3f}",
     }
+    if picture.image.similarity is not None:
+        facts["Similarity"] = f"{picture.image.similarity:.4f}"
     if completed.warnings:
         facts["Warning"] = "; ".join(completed.warnings)
     return {f"X-Headstart-{name}": str(value) for name, value in facts.items()}
@@ -105,7 +107,7 @@ async def _messages(service: Service, client: Request, job: Job, stream: Request
                     picture = await job.picture(service, event)
                     message = image_message(job, picture.data) | {"index": event.index} | _facts(job, event)
                     yield "image_generation.completed", message
-                case Completed(_, timings, warnings):
+                case Completed():
                     name = "headstart.completed"
-                    facts = {"timings": dataclasses.asdict(timings), "warnings": warnings}
+                    facts = {"timings": job.timings(event), "warnings": event.warnings}
                     yield name, {"type": name, "id": job.request.id} | facts

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.api.bodies import read_body
-from service.api.drawing import Job, draw, events_of
+from service.api.drawing import Job, cache_facts, draw, events_of, prepare
 from service.api.events import EventStream, Messages
 from service.api.messages import base64_text, image_message, partial_message
 from service.api.openapi import json_body
@@ -27,17 +27,16 @@ router = APIRouter()
 async def generations(client: Request) -> Response:
     service = service_of(client)
     body = await read_body(client, ImagesBody)
-    runtime = service.runtime
-    model = runtime.card.name
+    model = service.runtime.card.name
     if body.model not in (None, model):
         raise NotFoundError(f"model: {body.model!r} is not served; {model} is", param="model", code="model_not_found")
-    job = Job(runtime.resolve(body.draft(), body.names), model, body.output_format or "png", body.quality)
+    job = await prepare(service, client, body, body.output_format or "png")
     if body.stream:
         return EventStream(_messages(service, client, job, service.submit(job.request)))
     pictures, completed = await draw(service, client, job)
     reply: dict[str, Any] = {
         "created": int(time.time()),
-        "data": [{"b64_json": base64_text(picture.data), "seed": picture.image.seed} for picture in pictures],
+        "data": [{"b64_json": base64_text(picture.data)} | _facts(picture.image) for picture in pictures],
         "size": job.size,
         "output_format": job.format,
         "background": "opaque",
@@ -46,13 +45,17 @@ async def generations(client: Request) -> Response:
     return JSONResponse(reply)
 
 
+def _facts(image: Image) -> dict[str, Any]:
+    return {"seed": image.seed, "cache": cache_facts(image)}
+
+
 async def _messages(service: Service, client: Request, job: Job, stream: RequestStream) -> Messages:
     async with events_of(service, client, stream) as events:
         async for event in events:
             if isinstance(event, Partial):
                 message = partial_message(job, event, await job.preview(service, event))
             elif isinstance(event, Image):
-                message = image_message(job, (await job.picture(service, event)).data) | {"seed": event.seed}
+                message = image_message(job, (await job.picture(service, event)).data) | _facts(event)
             else:
                 continue
             yield message["type"], message | {"index": event.index}

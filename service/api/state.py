@@ -75,14 +75,14 @@ class Service:
         """Take no more requests, let those that run finish within the grace period, then cancel the rest."""
         self.draining = True
         if self._runtime is not None:
-            self._drain = asyncio.create_task(self._runtime.bridge.close(self.settings.server.shutdown_grace_s))
+            self._drain = asyncio.create_task(self._runtime.close(self.settings.server.shutdown_grace_s))
 
     @property
     def drained(self) -> bool:
         return self._drain is None or self._drain.done()
 
     async def close(self) -> None:
-        """End the engine's thread and the encoders."""
+        """End the engine's thread, the cache's and the encoders."""
         if self._drain is None:
             self.begin_drain()
         if self._drain is not None:

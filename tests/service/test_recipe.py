@@ -69,4 +69,6 @@ def test_what_a_request_is_drawn_from(field: dict[str, object], key: str, shown:
     recipe = recipe_of(ImageRequest(**(plain | field)), 8, "default")  # type: ignore[arg-type]
     line = PARAMETERS | {"Seed": "8", "Size": "256x192", "Version": f"headstart {version()}", key: shown}
     assert recipe == Recipe("a fox", "", line)
+    skipped = recipe_of(ImageRequest(**(plain | field)), 8, "default", 3)  # type: ignore[arg-type]
+    assert skipped == Recipe("a fox", "", line | {"Cache": "3 of 4 steps skipped"})
     assert Recipe.from_text(recipe.to_text()) == recipe

@@ -28,13 +28,20 @@ def test_json_reply_names_every_picture_and_what_it_took(client: httpx.Client) -
     answer = reply.json()
     assert set(answer) == {"id", "created", "model", "data", "timings", "warnings"}
     assert answer["model"] == "fake"
-    assert set(answer["timings"]) == {"queue_s", "encode_s", "denoise_s", "decode_s", "total_s"}
+    assert set(answer["timings"]) == {"queue_s", "encode_s", "lookup_s", "denoise_s", "decode_s", "total_s"}
     assert [entry["seed"] for entry in answer["data"]] == [70000, 70001, 70002]
     for entry in answer["data"]:
         drawn = pixels(base64.b64decode(entry.pop("b64_json")))
         assert drawn.shape == (64, 72, 3)
         assert tuple(drawn[0, 0]) == (entry["seed"] >> 16, entry["seed"] >> 8 & 255, entry["seed"] & 255)
-        assert entry == {"seed": entry["seed"], "prompt": "a fox", "steps_run": 2, "steps_skipped": 1, "evaluations": 4}
+        assert entry == {
+            "seed": entry["seed"],
+            "prompt": "a fox",
+            "steps_run": 2,
+            "steps_skipped": 1,
+            "evaluations": 4,
+            "cache": {"result": "bypass", "similarity": None, "steps_skipped": 1, "steps_run": 2},
+        }
 
 
 def test_a_random_seed_is_told_and_draws_the_same_picture_again(client: httpx.Client) -> None:
@@ -50,11 +57,14 @@ def test_picture_reply_carries_facts_in_headers_and_settings_inside(client: http
     assert reply.headers["x-headstart-seed"] == "9"
     assert reply.headers["x-headstart-steps-run"] == "4"
     assert reply.headers["x-headstart-model"] == "fake"
+    assert reply.headers["x-headstart-cache"] == "bypass"
+    assert "x-headstart-similarity" not in reply.headers
     (tmp_path / "fox.png").write_bytes(reply.content)
     recipe = read_recipe(tmp_path / "fox.png")
     assert recipe.prompt == "a fox"
     assert recipe.parameters["Seed"] == "9"
     assert recipe.parameters["Sampler"] == "DDIM"
+    assert recipe.parameters["Cache"] == "1 of 4 steps skipped"
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
