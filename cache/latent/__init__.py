@@ -1,1 +1,1 @@
-"""The approximate cache: a prompt starts from the half-denoised latents of a similar one (NIRVANA, arXiv 2312.04429)."""
+"""The approximate cache: half-denoised latents, found by the similarity of prompts."""

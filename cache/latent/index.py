@@ -1,0 +1,414 @@
+"""Nearest embeddings by inner product: exact while there are few, an HNSW graph past a set size.
+
+Memory per entry of width D: 4·D bytes while exact; 2·D (float16) plus about 8·M + 20 bytes of graph after that; and
+about 150 bytes for ids and rows in both.
+
+Removed rows stay in the graph as tombstones: a search asks for more than it needs and drops them. When a quarter of all
+rows are tombstones, or when the kind no longer fits the size, a background thread builds a fresh index from the live
+rows, replays what has changed meanwhile, and puts it in the old one's place; searches go on all the time.
+"""
+
+import logging
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+Ids: TypeAlias = NDArray[np.int64]
+Vectors: TypeAlias = NDArray[np.float32]
+Rows: TypeAlias = NDArray[np.int64]
+Journal: TypeAlias = list[tuple[Ids, Rows | None]]  # added with the rows that they got, or (None) removed
+
+# Chosen with bench/cache_lookup.py for a million vectors of width 256 on two cores.
+NEIGHBOURS = 16  # M: links of a vector on every upper level of the graph, twice as many on the lowest
+BUILD_BEAM = 64  # efConstruction
+SEARCH_BEAM = 128  # efSearch
+
+CHUNK = 8  # rows added in one go to a graph in use: a search waits at most for these
+FLAT_CHUNK = 1024  # the same without a graph
+BUILD_CHUNK = 4096  # rows added in one go to an index not yet in use
+WIDEST = 1024  # the most results that a graph is asked for to get round tombstones
+RETRY_S = 60.0  # between two attempts to rebuild, when one has failed
+MAGIC = b"HSINDEX1"
+
+
+class SnapshotError(ValueError):
+    """A snapshot is damaged or was made for something else."""
+
+
+class Index:
+    """int64 ids and unit-norm float32 vectors of one width, searched by inner product; safe to use from many threads.
+
+    Up to `exact_limit` vectors the search is exact; past that it is approximate, once the graph is built (`settle`
+    waits for that). `build_threads` work on a rebuild. If faiss has a GPU, every search is exact and runs there.
+    """
+
+    def __init__(self, dimension: int, exact_limit: int = 20_000, *, build_threads: int = 1) -> None:
+        self.dimension = dimension
+        self._exact_limit = exact_limit
+        self._build_threads = build_threads
+        self._lock = _SharedLock()  # shared by searches; exclusive while the index in use is changed
+        self._changes = threading.RLock()  # one change, or one snapshot, at a time; searches do not take it
+        self._segment = _Segment(dimension, graph=False)
+        self._journal: Journal | None = None  # what a rebuild under way has still to take over
+        self._worker: threading.Thread | None = None
+        self._retry_at = 0.0
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._segment)
+
+    @property
+    def exact(self) -> bool:
+        """Whether a search compares with every vector."""
+        return not self._segment.graph
+
+    def ids(self) -> Ids:
+        """The ids of all vectors, int64 [N], in no particular order."""
+        with self._changes:
+            return self._segment.live()[0]
+
+    def add(self, ids: Ids, vectors: Vectors) -> None:
+        """Add `vectors` [N, D] under `ids` [N] (at least 0); an id that is there already is replaced."""
+        ids = np.ascontiguousarray(ids, np.int64)
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        if ids.ndim != 1 or vectors.shape != (len(ids), self.dimension):
+            raise ValueError(
+                f"ids and vectors have shapes {ids.shape} and {vectors.shape}, expected [N] and [N, {self.dimension}]"
+            )
+        if not np.isfinite(vectors).all():
+            raise ValueError("a vector holds a value that is not finite")
+        if len(ids) and ids.min() < 0:
+            raise ValueError("an id is negative")
+        start = 0
+        while start < len(ids):
+            with self._changes:
+                chunk = slice(start, start + (CHUNK if self._segment.graph else FLAT_CHUNK))
+                with self._lock.exclusive():
+                    rows = self._segment.add(ids[chunk], vectors[chunk])
+                if self._journal is not None:
+                    self._journal.append((ids[chunk], rows))
+                self._rebuild_if_due()
+            start = chunk.stop
+
+    def remove(self, ids: Ids) -> int:
+        """Remove `ids` [N]; those that are not here are passed over. Returns how many were."""
+        ids = np.ascontiguousarray(ids, np.int64)
+        with self._changes:
+            if self._journal is not None:
+                self._journal.append((ids, None))
+            removed = self._segment.remove(ids)
+            self._rebuild_if_due()
+            return removed
+
+    def search(self, vector: Vectors, k: int) -> tuple[Ids, Vectors]:
+        """The ids [k] of the vectors nearest to `vector` [D] and their inner products [k], best first; fewer than k if
+        there are fewer, or if the graph finds fewer among many that were removed."""
+        query = np.ascontiguousarray(vector, np.float32)
+        if query.shape != (self.dimension,):
+            raise ValueError(f"the vector has shape {query.shape}, expected [{self.dimension}]")
+        if k < 1:
+            raise ValueError(f"k is {k}, expected at least 1")
+        if not np.isfinite(query).all():
+            raise ValueError("the vector holds a value that is not finite")
+        # An index on a GPU has one scratch memory: one search at a time.
+        with self._lock.exclusive() if faiss.get_num_gpus() else self._lock.shared(), _threads(1):
+            return self._segment.search(query, k)
+
+    def settle(self, timeout: float | None = None) -> bool:
+        """Wait until no rebuild is under way; False if one still is after `timeout` seconds."""
+        worker = self._worker
+        if worker is not None:
+            worker.join(timeout)
+        return worker is None or not worker.is_alive()
+
+    def close(self) -> None:
+        """Give up a rebuild under way; searches and changes still work, but nothing is rebuilt any more."""
+        self._closed = True
+        self.settle()
+
+    def save(self, path: Path) -> None:
+        """Write a snapshot to `path`, all or nothing. Searches go on meanwhile, changes wait."""
+        scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            with scratch.open("wb") as file:
+                summed = _Summed(file)
+                with self._changes:
+                    self._segment.write(summed)
+                file.write(summed.checksum.to_bytes(4, "little"))
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path, exact_limit: int = 20_000, *, build_threads: int = 1) -> "Index":
+        """The index of a snapshot. Raises SnapshotError if it is damaged, FileNotFoundError if there is none."""
+        with path.open("rb") as file:
+            try:
+                _check_sum(file)
+                segment = _Segment.read(file)
+            except (ValueError, RuntimeError) as error:
+                raise SnapshotError(f"{path}: {error}") from error
+        index = cls(segment.dimension, exact_limit, build_threads=build_threads)
+        index._segment = segment
+        with index._changes:
+            index._rebuild_if_due()
+        return index
+
+    def _rebuild_if_due(self) -> None:
+        segment = self._segment
+        # Half way back before a graph is given up, so that a size about the limit does not swing between the two.
+        limit = self._exact_limit // 2 if segment.graph else self._exact_limit
+        graph = len(segment) > limit and not faiss.get_num_gpus()
+        due = graph != segment.graph or segment.dead > max(CHUNK, segment.count // 4)
+        if due and self._journal is None and not self._closed and time.monotonic() >= self._retry_at:
+            self._journal = [segment.live()]
+            self._worker = threading.Thread(
+                target=self._rebuild,
+                args=(segment, _Segment(self.dimension, graph=graph)),
+                name="index-rebuild",
+                daemon=True,
+            )
+            self._worker.start()
+
+    def _rebuild(self, old: "_Segment", fresh: "_Segment") -> None:
+        try:
+            with _threads(self._build_threads):
+                while not self._take_over(old, fresh):
+                    pass
+        except (MemoryError, RuntimeError) as error:  # faiss reports what it cannot allocate as either
+            log.warning("the index was not rebuilt, the old one stays in use: %s", error)
+            with self._changes:
+                self._retry_at = time.monotonic() + RETRY_S
+                self._journal = None
+
+    def _take_over(self, old: "_Segment", fresh: "_Segment") -> bool:
+        """Bring `fresh` up to the journal; True when it is in use, or will never be."""
+        with self._changes:
+            journal = self._journal or []
+            self._journal = []
+            if self._closed or sum(len(ids) for ids, _ in journal) <= CHUNK:
+                if not self._closed:
+                    self._apply(journal, old, fresh)
+                    with self._lock.exclusive():
+                        self._segment = fresh
+                self._journal = None
+                return True
+        self._apply(journal, old, fresh)
+        return False
+
+    def _apply(self, journal: Journal, old: "_Segment", fresh: "_Segment") -> None:
+        for ids, rows in journal:
+            if rows is None:
+                fresh.remove(ids)
+                continue
+            for start in range(0, len(ids), BUILD_CHUNK):
+                if self._closed:
+                    return
+                chunk = slice(start, start + BUILD_CHUNK)
+                with self._changes:  # an addition may move the rows in memory
+                    vectors = old.vectors(rows[chunk])
+                fresh.add(ids[chunk], vectors)
+
+
+class _Segment:
+    """A faiss index, which knows rows, and the ids of its rows. Additions must be alone; all else may meet searches."""
+
+    def __init__(self, dimension: int, *, graph: bool) -> None:
+        self.dimension = dimension
+        self.graph = graph
+        self._index = _empty_graph(dimension) if graph else _to_gpu(faiss.IndexFlatIP(dimension))
+        self._ids: Ids = np.full(1024, -1, np.int64)  # id of each row; -1 is a tombstone
+        self._rows: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def count(self) -> int:
+        """Rows, tombstones included."""
+        return int(self._index.ntotal)
+
+    @property
+    def dead(self) -> int:
+        return self.count - len(self._rows)
+
+    def live(self) -> tuple[Ids, Rows]:
+        """Ids [N] and rows [N] of all but the tombstones."""
+        rows = np.flatnonzero(self._ids[: self.count] >= 0)
+        return self._ids[rows], rows
+
+    def add(self, ids: Ids, vectors: Vectors) -> Rows:
+        first = self.count
+        while first + len(ids) > len(self._ids):
+            self._ids = np.concatenate([self._ids, np.full_like(self._ids, -1)])
+        self._index.add(vectors)
+        for row, id in enumerate(ids.tolist(), first):
+            replaced = self._rows.get(id)
+            if replaced is not None:
+                self._ids[replaced] = -1
+            self._rows[id] = row
+            self._ids[row] = id
+        return np.arange(first, first + len(ids))
+
+    def remove(self, ids: Ids) -> int:
+        before = len(self._rows)
+        for id in ids.tolist():
+            row = self._rows.pop(id, None)
+            if row is not None:
+                self._ids[row] = -1
+        return before - len(self._rows)
+
+    def vectors(self, rows: Rows) -> Vectors:
+        vectors: Vectors = self._index.reconstruct_batch(rows)
+        return vectors
+
+    def search(self, query: Vectors, k: int) -> tuple[Ids, Vectors]:
+        most = min(self.count, max(k, WIDEST)) if self.graph else self.count
+        if most == 0:
+            return np.empty(0, np.int64), np.empty(0, np.float32)
+        fetch = 2 * k if self.dead else k
+        while True:
+            fetch = min(fetch, most)
+            similarities, rows = self._index.search(query[None], fetch)
+            # A graph fills up with row -1 what it does not find.
+            ids = np.where(rows[0] >= 0, self._ids[rows[0]], -1)
+            live = np.flatnonzero(ids >= 0)[:k]
+            if len(live) == k or fetch == most:
+                return ids[live], similarities[0][live]
+            fetch *= 4
+
+    def write(self, file: "_Summed") -> None:
+        file.write(MAGIC + self.count.to_bytes(8, "little"))
+        file.write(self._ids[: self.count].tobytes())
+        index = faiss.index_gpu_to_cpu(self._index) if faiss.get_num_gpus() and not self.graph else self._index
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write, 1 << 20))  # type: ignore[attr-defined]
+
+    @classmethod
+    def read(cls, file: BinaryIO) -> "_Segment":
+        file.seek(len(MAGIC))
+        count = int.from_bytes(file.read(8), "little")
+        ids = np.frombuffer(file.read(8 * count), np.int64)
+        reader = faiss.PyCallbackIOReader(file.read, 1 << 20)  # type: ignore[attr-defined]
+        index: Any = faiss.read_index(reader)
+        if index.ntotal != count or len(ids) != count:
+            raise ValueError(f"{len(ids)} ids for {index.ntotal} vectors")
+        graph = isinstance(index, faiss.IndexHNSW)
+        segment = cls(index.d, graph=graph)
+        segment._index = index if graph else _to_gpu(index)
+        segment._ids = np.concatenate([ids, np.full(1024, -1, np.int64)])
+        live, rows = segment.live()
+        segment._rows = dict(zip(live.tolist(), rows.tolist(), strict=True))
+        return segment
+
+
+class _SharedLock:
+    """Shared by many or held by one. Those who wait for an exclusive holder all come in when it leaves, so neither
+    side can shut the other out."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition(threading.Lock())
+        self._sharing = 0
+        self._held = False  # by an exclusive holder, or wanted by one
+        self._waiting = 0
+        self._turn = 0  # exclusive holders that have left
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._condition:
+            if self._held:
+                turn = self._turn
+                self._waiting += 1
+                self._condition.wait_for(lambda: self._turn != turn)  # whoever left has counted this one in
+            else:
+                self._sharing += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._sharing -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._held)
+            self._held = True
+            self._condition.wait_for(lambda: self._sharing == 0)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._held = False
+                self._turn += 1
+                self._sharing += self._waiting
+                self._waiting = 0
+                self._condition.notify_all()
+
+
+class _Summed:
+    """A file being written, and the checksum of what was."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.checksum = 0
+
+    def write(self, data: bytes) -> None:
+        self.checksum = zlib.crc32(data, self.checksum)
+        self._file.write(data)
+
+
+def _check_sum(file: BinaryIO) -> None:
+    """Raise ValueError unless the file is a whole snapshot."""
+    if file.read(len(MAGIC)) != MAGIC:
+        raise ValueError("not an index snapshot")
+    checksum = zlib.crc32(MAGIC)
+    tail = b""
+    while block := file.read(1 << 20):
+        block = tail + block
+        checksum = zlib.crc32(block[:-4], checksum)
+        tail = block[-4:]
+    if checksum != int.from_bytes(tail, "little"):
+        raise ValueError("the snapshot is damaged")
+
+
+def _empty_graph(dimension: int) -> Any:
+    half: Any = faiss.ScalarQuantizer.QT_fp16
+    index = faiss.IndexHNSWSQ(dimension, half, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
+    index.train(np.zeros((1, dimension), np.float32))  # float16 has nothing to learn, but faiss asks for it
+    index.hnsw.efConstruction = BUILD_BEAM
+    index.hnsw.efSearch = SEARCH_BEAM
+    return index
+
+
+def _to_gpu(index: Any) -> Any:
+    if not faiss.get_num_gpus():
+        return index
+    resources = faiss.StandardGpuResources()
+    resources.setTempMemory(64 << 20)  # faiss would take 1.5 GiB from the model
+    return faiss.index_cpu_to_gpu(resources, 0, index)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """faiss with `count` OpenMP threads. The setting is the calling thread's own: no other thread, and after this block
+    not this one either, is held back. Without it a team is woken even for one vector, and waits for cores that
+    torch keeps busy."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

@@ -1,0 +1,294 @@
+"""cache/latent/index.py against a brute-force model."""
+
+import threading
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache.latent.index import Ids, Index, SnapshotError, Vectors
+
+D = 16
+
+
+def unit(count: int, seed: int) -> Vectors:
+    vectors = np.random.default_rng(seed).standard_normal((count, D), dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def nearest(vectors: dict[int, Vectors], query: Vectors, k: int) -> list[int]:
+    return sorted(vectors, key=lambda id: -float(vectors[id] @ query))[:k]
+
+
+def recall(index: Index, vectors: dict[int, Vectors], queries: Vectors, k: int = 1) -> float:
+    found = [len(set(index.search(query, k)[0].tolist()) & set(nearest(vectors, query, k))) for query in queries]
+    return sum(found) / (k * len(queries))
+
+
+def filled(count: int, exact_limit: int, seed: int = 0) -> tuple[Index, dict[int, Vectors]]:
+    vectors = unit(count, seed)
+    index = Index(D, exact_limit)
+    index.add(np.arange(count), vectors)
+    assert index.settle(30)
+    return index, dict(enumerate(vectors))
+
+
+OPERATIONS = st.one_of(
+    st.tuples(st.just("add"), st.lists(st.integers(0, 30), min_size=1, max_size=12), st.integers(0, 1000)),
+    st.tuples(st.just("remove"), st.lists(st.integers(0, 30), max_size=12)),
+    st.tuples(st.just("search"), st.integers(1, 40), st.integers(0, 1000)),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(operations=st.lists(OPERATIONS, max_size=30))
+def test_exact_search_is_brute_force(operations: list[tuple[object, ...]]) -> None:
+    index = Index(D)
+    model: dict[int, Vectors] = {}
+    for operation in operations:
+        match operation:
+            case ("add", list(ids), int(seed)):
+                vectors = unit(len(ids), seed)
+                index.add(np.array(ids), vectors)
+                model.update(zip(ids, vectors, strict=True))
+            case ("remove", list(ids)):
+                assert index.remove(np.array(ids, np.int64)) == len(
+                    {id for id in ids if model.pop(id, None) is not None}
+                )
+            case ("search", int(k), int(seed)):
+                query = unit(1, seed + 5000)[0]
+                ids, similarities = index.search(query, k)
+                # By value: among equal vectors any may come first.
+                best = [model[id] @ query for id in nearest(model, query, k)]
+                np.testing.assert_allclose(similarities, best, atol=1e-6)
+                np.testing.assert_allclose([model[id] @ query for id in ids.tolist()], best, atol=1e-6)
+                assert len(set(ids.tolist())) == len(best)
+                assert (np.diff(similarities) <= 0).all()
+        assert len(index) == len(model)
+    assert sorted(index.ids().tolist()) == sorted(model)
+
+
+def test_past_the_limit_a_graph_takes_over_and_finds_the_same() -> None:
+    index, model = filled(3000, exact_limit=1000)
+    assert not index.exact
+    assert len(index) == 3000
+    assert recall(index, model, unit(100, 1)) >= 0.98
+    ids, similarities = index.search(model[7], 3)
+    assert ids[0] == 7
+    assert similarities[0] == pytest.approx(1.0, abs=2e-3)  # float16
+
+
+def test_removed_and_replaced_rows_of_a_graph_are_not_found() -> None:
+    index, model = filled(2000, exact_limit=500)
+    query = unit(1, 3)[0]
+    gone = nearest(model, query, 300)
+    assert index.remove(np.array(gone)) == 300
+    assert index.remove(np.array(gone)) == 0
+    moved = gone[0]
+    index.add(np.array([moved]), query[None])
+    kept = {id: vector for id, vector in model.items() if id not in gone} | {moved: query}
+    ids, _ = index.search(query, 5)
+    assert ids[0] == moved
+    assert set(ids.tolist()) <= set(kept)
+    assert len(index) == len(kept)
+    assert recall(index, kept, unit(50, 4), k=5) >= 0.95
+
+
+def test_tombstones_lead_to_a_rebuild_and_a_small_rest_to_an_exact_index() -> None:
+    index, model = filled(2000, exact_limit=500)
+    index.remove(np.arange(600))
+    assert index.settle(30)
+    assert index._segment.dead == 0
+    assert not index.exact
+    index.remove(np.arange(600, 1900))
+    assert index.settle(30)
+    assert index.exact
+    rest = {id: model[id] for id in range(1900, 2000)}
+    assert recall(index, rest, unit(20, 5), k=10) == 1.0
+
+
+def test_an_empty_index_finds_nothing() -> None:
+    ids, similarities = Index(D).search(unit(1, 0)[0], 4)
+    assert ids.shape == similarities.shape == (0,)
+
+
+def test_a_search_wakes_no_team_of_threads_and_leaves_the_setting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, model = filled(100, exact_limit=1000)
+    seen: list[int] = []
+    search = index._segment._index.search
+    monkeypatch.setattr(
+        index._segment._index, "search", lambda *a: (seen.append(faiss.omp_get_max_threads()), search(*a))[1]
+    )
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(3)
+    try:
+        index.search(model[0], 1)
+        assert faiss.omp_get_max_threads() == 3
+    finally:
+        faiss.omp_set_num_threads(before)
+    assert seen == [1]
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_threads_that_add_remove_and_search_agree_with_the_model(seed: int) -> None:
+    """Each writer owns its ids, so the state at the end is known; ids 0 to 49 are never touched and must be found by
+    every search, whatever rebuild is under way; an id that its owner has removed for good must never come back."""
+    index = Index(D, exact_limit=150)
+    fixed = unit(50, seed)
+    index.add(np.arange(50), fixed)
+    models: list[dict[int, Vectors]] = [{}, {}]
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def write(writer: int) -> None:
+        try:
+            rng = np.random.default_rng((seed, writer))
+            model = models[writer]
+            for _ in range(60):
+                ids = 1000 * (writer + 1) + rng.choice(400, 10, replace=False)
+                if rng.random() < 0.7:
+                    vectors = unit(10, int(rng.integers(1 << 30)))
+                    index.add(ids, vectors)
+                    model.update(zip(ids.tolist(), vectors, strict=True))
+                else:
+                    index.remove(ids)
+                    for id in ids.tolist():
+                        model.pop(id, None)
+                    gone = np.concatenate(
+                        [index.search(vector, 20)[0] for vector in unit(2, int(rng.integers(1 << 30)))]
+                    )
+                    assert not set(ids.tolist()) & set(gone.tolist())
+        except BaseException as error:
+            errors.append(error)
+
+    def read() -> None:
+        try:
+            at = 0
+            while not done.is_set():
+                at = (at + 1) % 50
+                ids, similarities = index.search(fixed[at], 8)
+                assert ids[0] == at
+                assert len(set(ids.tolist())) == len(ids)
+                assert (np.diff(similarities) <= 0).all()
+        except BaseException as error:
+            errors.append(error)
+
+    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(2)]
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for thread in writers + readers:
+        thread.start()
+    for thread in writers:
+        thread.join()
+    done.set()
+    for thread in readers:
+        thread.join()
+    assert not errors
+    assert index.settle(30)
+    model = dict(enumerate(fixed)) | models[0] | models[1]
+    assert sorted(index.ids().tolist()) == sorted(model)
+    for id, vector in model.items():
+        ids, similarities = index.search(vector, 1)
+        assert ids.tolist() == [id]
+        assert similarities[0] == pytest.approx(1.0, abs=2e-3)
+
+
+@pytest.mark.parametrize("exact_limit", [5000, 500])
+def test_a_snapshot_comes_back_as_it_was(tmp_path: Path, exact_limit: int) -> None:
+    index, model = filled(1500, exact_limit)
+    index.remove(np.arange(100))
+    for id in range(100):
+        del model[id]
+    index.save(tmp_path / "index")
+    again = Index.load(tmp_path / "index", exact_limit)
+    assert again.exact == index.exact
+    assert sorted(again.ids().tolist()) == sorted(model)
+    for query in unit(20, 6):
+        for before, after in zip(index.search(query, 10), again.search(query, 10), strict=True):
+            np.testing.assert_array_equal(before, after)
+    again.add(np.array([9999]), unit(1, 8))
+    again.remove(np.arange(100, 110))
+    assert len(again) == 1391
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "other", "empty"])
+def test_a_damaged_snapshot_is_refused(tmp_path: Path, damage: str) -> None:
+    index, _ = filled(200, exact_limit=1000)
+    path = tmp_path / "index"
+    index.save(path)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    path.write_bytes({"cut": whole[:-100], "flip": bytes(flipped), "other": b"{}" * 100, "empty": b""}[damage])
+    with pytest.raises(SnapshotError, match="index: "):
+        Index.load(path)
+
+
+def test_a_save_that_fails_keeps_the_snapshot_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, _ = filled(50, exact_limit=1000)
+    index.save(tmp_path / "index")
+    before = (tmp_path / "index").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        index.save(tmp_path / "index")
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert (tmp_path / "index").read_bytes() == before
+
+
+def test_a_rebuild_that_fails_leaves_the_old_index_in_use(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory for the graph")
+
+    monkeypatch.setattr("cache.latent.index._Segment.vectors", fail)
+    index, model = filled(300, exact_limit=100)
+    assert "no memory for the graph" in caplog.text
+    assert index.exact
+    assert recall(index, model, unit(10, 9)) == 1.0
+    monkeypatch.undo()
+    index._retry_at = 0.0
+    index.remove(np.array([0]))
+    assert index.settle(30)
+    assert not index.exact
+
+
+def test_a_closed_index_starts_no_rebuild() -> None:
+    index = Index(D, exact_limit=100)
+    index.close()
+    index.add(np.arange(300), unit(300, 0))
+    assert index.exact
+    assert index.settle(0)
+
+
+@pytest.mark.parametrize(
+    ("ids", "vectors", "reason"),
+    [
+        (np.arange(2), unit(3, 0), "shapes"),
+        (np.arange(3), unit(3, 0)[:, :8], "shapes"),
+        (np.array([-1]), unit(1, 0), "negative"),
+        (np.array([1]), np.full((1, D), np.nan, np.float32), "not finite"),
+    ],
+)
+def test_what_cannot_be_indexed_is_refused(ids: Ids, vectors: Vectors, reason: str) -> None:
+    index = Index(D)
+    with pytest.raises(ValueError, match=reason):
+        index.add(ids, vectors)
+    assert len(index) == 0
+
+
+@pytest.mark.parametrize(
+    ("query", "k", "reason"),
+    [(unit(1, 0)[0][:8], 1, "shape"), (unit(1, 0)[0], 0, "k is 0"), (np.full(D, np.inf, np.float32), 1, "not finite")],
+)
+def test_what_cannot_be_searched_is_refused(query: Vectors, k: int, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Index(D).search(query, k)
