@@ -1,0 +1,338 @@
+"""The approximate cache: half-denoised latents of earlier prompts, found by similarity (NIRVANA, arXiv 2312.04429).
+
+A lookup embeds nothing and draws nothing: it compares embeddings within one key space, asks the policy how deep each
+neighbour may be entered, and reads the latents that save most. Whatever fails in the store is a miss.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.latent.catalogue import Catalogue, Entry, Gone, Vector
+from cache.latent.eviction import EVICTORS, Evictor
+from cache.latent.figures import Stats
+from cache.latent.keys import Header, KeySpace, random_id
+from cache.latent.policy import Policy
+from cache.latent.store import Store, StoreError, StoreFullError
+from cache.latent.writer import Insert, Writer
+
+_log = logging.getLogger(__name__)
+
+_ALPHA_TOLERANCE = 1e-6  # lets an alpha that went through float32 enter at the row that it came from
+_BATCH = 1024  # headers entered at a time when the catalogue is built
+_RETRY_S = 1.0  # for which lookups leave a store alone that has failed
+_LOG_EVERY_S = 60.0
+_PURGE_WAIT_S = 5.0
+
+
+class Found(NamedTuple):
+    """A latent to start from."""
+
+    id: int
+    latent: NDArray[np.float16]  # [C, h, w]
+    alpha: float
+    similarity: float
+
+
+class _Option(NamedTuple):
+    """A level of a candidate that the plan may enter at `row`."""
+
+    entry: Entry
+    alpha: float
+    row: int
+    similarity: float
+
+
+@dataclass(slots=True)
+class _Faults:
+    """Counts what goes wrong and logs it once a minute."""
+
+    count: int = 0
+    quiet_until: float = 0.0
+
+    def report(self, error: Exception) -> None:
+        self.count += 1
+        if time.monotonic() >= self.quiet_until:
+            self.quiet_until = time.monotonic() + _LOG_EVERY_S
+            # Only what is not the store's own complaint needs its traceback.
+            _log.warning(
+                "the cache does without its store (%d failures so far): %s",
+                self.count,
+                error,
+                exc_info=None if isinstance(error, StoreError) else error,
+            )
+
+
+class LatentCache:
+    """Safe to use from many threads. Only `flush`, `purge` and `close` wait for a write, with limits.
+
+    budget_bytes: for the latents and headers of all tenants together.
+    near: candidates whose similarity is this close to the best one's are as good; chance chooses among them.
+    candidates: nearest neighbours looked at.
+    queue: inserts that may wait to be written.
+    ttl_s: tenant -> seconds that its entries live; tenants that are not in it keep theirs until they are evicted.
+    clock: seconds since the epoch.
+    seed: what chance depends on besides each lookup's own seed; None: secret, so that no client can tell the choice.
+    progress: called now and then with the number of entries entered while the catalogue is built from the store.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        budget_bytes: int,
+        policy: Policy,
+        evictor: str = "lcbfu",
+        *,
+        near: float = 0.01,
+        candidates: int = 16,
+        queue: int = 256,
+        ttl_s: Mapping[str, float] | None = None,
+        clock: Callable[[], float] = time.time,
+        seed: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.policy = policy
+        self._store = store
+        self._budget_bytes = budget_bytes
+        self._near = near
+        self._candidates = candidates
+        self._clock = clock
+        self._seed = secrets.randbits(64) if seed is None else seed
+        self._faults = _Faults()
+        self._store_rests_until = 0.0
+        self._closed = False
+        self._changing = threading.Lock()  # held while the catalogue is changed, never while the store is at work
+        levels = cast(Evictor[tuple[int, float]], EVICTORS[evictor]())
+        self._catalogue = Catalogue(levels, policy.steps, ttl_s or {})
+        self._writer = Writer(self._write, self._forget, self._follow, self._faults.report, queue)
+        self._loaded = False
+        try:
+            self._load(progress)
+        except StoreError as error:
+            self._faults.report(error)
+        self._writer.start()
+
+    # -- lookups
+
+    def find(
+        self, space: KeySpace, embedding: Vector, family: str, rows: Sequence[float], count: int, rng_seed: int
+    ) -> list[Found | None]:
+        """A start for each of `count` pictures of one prompt, different ones as far as there are; None: from scratch.
+
+        embedding: [D], unit norm. family: of the sampler, as the policy names it. rows: alpha of each row of the
+        request's plan, ascending; a start lets the picture enter at row 1 or later, at the last one whose alpha is not
+        above its own. rng_seed: what the choice among near-equal candidates depends on.
+        """
+        figures = self._catalogue.tenant(space.tenant).figures
+        if self._closed or time.monotonic() < self._store_rests_until:
+            figures.count("error", count)
+            return [None] * count
+        try:
+            found = self._fetch(self._options(space, embedding, family, rows, rng_seed), count)
+        except StoreError as error:
+            self._faults.report(error)
+            self._store_rests_until = time.monotonic() + _RETRY_S
+            figures.count("error", count)
+            return [None] * count
+        if not found:
+            figures.count("miss", count)
+            return [None] * count
+        starts = [found[picture % len(found)] for picture in range(count)]
+        for start in starts:
+            self._catalogue.hit(start.id, start.alpha)
+            figures.hit(round(self.policy.steps(start.alpha)), _row_at(rows, start.alpha))
+        return list(starts)
+
+    def _options(
+        self, space: KeySpace, embedding: Vector, family: str, rows: Sequence[float], rng_seed: int
+    ) -> list[_Option]:
+        """What may be started from, the best first: most rows saved, then most similar, near-equal ones shuffled."""
+        options = []
+        for entry, similarity in self._catalogue.nearest(space, embedding, self._candidates, self._clock()):
+            deepest = self.policy.deepest(family, similarity)
+            if deepest is None:
+                continue
+            allowed = [alpha for alpha in entry.levels if alpha <= deepest + _ALPHA_TOLERANCE]
+            row = _row_at(rows, allowed[-1]) if allowed else 0
+            if row >= 1:
+                # Of the levels that enter at one row, the noisiest needs least re-noising.
+                alpha = next(alpha for alpha in allowed if _row_at(rows, alpha) == row)
+                options.append(_Option(entry, alpha, row, similarity))
+        options.sort(key=lambda option: (-option.row, -option.similarity))
+        near = sum(
+            option.row == options[0].row and option.similarity >= options[0].similarity - self._near
+            for option in options
+        )
+        order = np.random.default_rng((self._seed, rng_seed)).permutation(near)
+        return [options[i] for i in order] + options[near:]
+
+    def _fetch(self, options: Sequence[_Option], count: int) -> list[Found]:
+        """Up to `count` starts that save as many rows as the first one that the store still has."""
+        found: list[Found] = []
+        row = 0
+        for option in options:
+            if len(found) == count or (found and option.row < row):
+                break
+            latent = self._store.get(option.entry.id, option.alpha)
+            if latent is None:
+                option.entry.space.tenant.figures.count("lost")
+                self._writer.remove([(option.entry.id, option.alpha)])
+                continue
+            row = option.row
+            found.append(Found(option.entry.id, latent, option.alpha, option.similarity))
+        return found
+
+    # -- inserts
+
+    def insert(
+        self, space: KeySpace, prompt: str, embedding: Vector, latents: Mapping[float, NDArray[np.float16]]
+    ) -> bool:
+        """Queues an entry, which replaces an earlier one of the prompt; False: the queue is full, and it is dropped.
+
+        embedding: [D], unit norm. latents: alpha -> [C, h, w]; the arrays are the cache's from here on.
+        """
+        if self._writer.insert(Insert(space, prompt, embedding, latents)):
+            return True
+        self._catalogue.tenant(space.tenant).figures.count("dropped")
+        return False
+
+    def _write(self, insert: Insert) -> None:
+        figures = self._catalogue.tenant(insert.space.tenant).figures
+        latents = {
+            alpha: latent
+            for alpha, latent in sorted(insert.latents.items())
+            if latent.shape == insert.space.shape and np.isfinite(latent).all()
+        }
+        size = sum(latent.nbytes for latent in latents.values()) + insert.embedding.nbytes
+        if insert.cancelled or not latents or size > self._budget_bytes:
+            figures.count("dropped")
+            return
+        levels = tuple(latents)
+        header = Header(
+            random_id(), insert.space, insert.prompt, insert.embedding, self._clock(), levels, (0,) * len(levels)
+        )
+        try:
+            header = self._put(header, list(latents.values()), size)
+        except StoreError:
+            figures.count("dropped")
+            raise
+        with self._changing:
+            gone = [(header.id, None)] if insert.cancelled else self._catalogue.add([header])
+        figures.count("dropped" if insert.cancelled else "stored")
+        self._erase(gone)
+        self._make_room(0)
+
+    def _put(self, header: Header, latents: Sequence[NDArray[np.float16]], size: int) -> Header:
+        self._make_room(size)
+        try:
+            return self._store.put(header, latents)
+        except StoreFullError:  # what the store adds to an entry was more than the room left for it
+            self._make_room(2 * size)
+            return self._store.put(header, latents)
+
+    def _make_room(self, size: int) -> None:
+        """Evicts levels until `size` more bytes fit into the budget, or nothing is left."""
+        while (excess := self._store.used_bytes + size - self._budget_bytes) > 0:
+            with self._changing:
+                gone = self._catalogue.evict(excess)
+            if not gone:
+                return
+            self._erase(gone)
+
+    def _erase(self, gone: Sequence[Gone]) -> None:
+        """Removes from the store what has left the catalogue; what fails is tried again later."""
+        for i, (id, level) in enumerate(gone):
+            try:
+                self._store.remove(id, level)
+            except StoreError:
+                self._writer.remove(gone[i:])
+                raise
+
+    def _forget(self, gone: Gone) -> None:
+        with self._changing:
+            self._catalogue.remove(*gone)
+        self._store.remove(*gone)
+
+    def _follow(self) -> None:
+        if not self._loaded:
+            self._load(None)
+        with self._changing:
+            gone = self._catalogue.expire(self._clock())
+        self._erase(gone)
+
+    def _load(self, progress: Callable[[int], None] | None) -> None:
+        headers: Iterator[Header] = self._store.headers()
+        while batch := list(islice(headers, _BATCH)):
+            with self._changing:
+                gone = self._catalogue.add(batch)
+            self._writer.remove(gone)
+            if progress is not None:
+                progress(len(self._catalogue))
+        self._make_room(0)
+        self._loaded = True
+
+    # -- for the tenant
+
+    def stats(self, tenant: str) -> Stats:
+        """This tenant's figures, of its own entries and lookups alone."""
+        record = self._catalogue.tenant(tenant)
+        entries = sum(len(space.entries) for space in list(record.spaces.values()))
+        return record.figures.stats(entries, record.bytes)
+
+    def purge(self, tenant: str, prompt: str | None = None) -> int:
+        """Forgets a tenant's entries, of one prompt or all, and inserts that still wait; returns the number of entries.
+
+        They are found no more at once. Waits up to 5 s for the store to forget them; a store that fails is asked again
+        until it does, while this process lives.
+        """
+        with self._changing:
+            self._writer.cancel(tenant, prompt)
+            gone = self._catalogue.purge(tenant, prompt)
+        self._writer.remove(gone)
+        if gone:
+            self._writer.flush(_PURGE_WAIT_S)
+        return len(gone)
+
+    # -- for the service
+
+    def totals(self) -> Stats:
+        """All tenants' figures together, for the operator."""
+        return Stats.total([tenant.figures.stats(0, 0) for tenant in self._catalogue.tenants()])
+
+    @property
+    def errors(self) -> int:
+        """Failures of the store since the start."""
+        return self._faults.count
+
+    @property
+    def damaged(self) -> int:
+        """Entries that the store found damaged since the start, and removed."""
+        return self._store.damaged
+
+    def flush(self, timeout_s: float) -> bool:
+        """Waits until everything inserted so far is written or dropped; False if it was not in time."""
+        return self._writer.flush(timeout_s)
+
+    def close(self, timeout_s: float = 5.0) -> bool:
+        """Writes what waits and closes the store; False if the store did not answer in time, and was left open."""
+        self._closed = True
+        finished = self._writer.close(timeout_s)
+        if finished:
+            self._store.close()
+        return finished
+
+
+def _row_at(rows: Sequence[float], alpha: float) -> int:
+    """The last row whose input is at least as noisy as a latent of this alpha; -1 if none is."""
+    return bisect_right(rows, alpha + _ALPHA_TOLERANCE) - 1
