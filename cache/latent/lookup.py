@@ -19,7 +19,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.latent.catalogue import Catalogue, Entry, Gone, Vector
+from cache.latent.catalogue import Catalogue, Entry, Gone, Tenant, Vector
 from cache.latent.eviction import EVICTORS, Evictor
 from cache.latent.figures import Stats
 from cache.latent.keys import Header, KeySpace, random_id
@@ -286,9 +286,7 @@ class LatentCache:
 
     def stats(self, tenant: str) -> Stats:
         """This tenant's figures, of its own entries and lookups alone."""
-        record = self._catalogue.tenant(tenant)
-        entries = sum(len(space.entries) for space in list(record.spaces.values()))
-        return record.figures.stats(entries, record.bytes)
+        return _stats(self._catalogue.tenant(tenant))
 
     def purge(self, tenant: str, prompt: str | None = None) -> int:
         """Forgets a tenant's entries, of one prompt or all, and inserts that still wait; returns the number of entries.
@@ -308,7 +306,7 @@ class LatentCache:
 
     def totals(self) -> Stats:
         """All tenants' figures together, for the operator."""
-        return Stats.total([tenant.figures.stats(0, 0) for tenant in self._catalogue.tenants()])
+        return Stats.total(_stats(tenant) for tenant in self._catalogue.tenants())
 
     @property
     def errors(self) -> int:
@@ -336,3 +334,7 @@ class LatentCache:
 def _row_at(rows: Sequence[float], alpha: float) -> int:
     """The last row whose input is at least as noisy as a latent of this alpha; -1 if none is."""
     return bisect_right(rows, alpha + _ALPHA_TOLERANCE) - 1
+
+
+def _stats(tenant: Tenant) -> Stats:
+    return tenant.figures.stats(sum(len(space.entries) for space in list(tenant.spaces.values())), tenant.bytes)

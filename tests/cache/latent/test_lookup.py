@@ -102,3 +102,361 @@ def test_the_policy_says_how_deep(open_cache: Open) -> None:
         assert (found.latent == np.float16(2.0 + alpha)).all()
     assert cache.find(SPACE, at(0.6), "solver", ROWS, 1, 0) == [None]
     assert cache.find(SPACE, at(0.97), "lcm", ROWS, 1, 0) == [None]
+
+
+@pytest.mark.parametrize(
+    ("rows", "alpha"),
+    [
+        ([0.02, 0.5], 0.5),  # the last row that is at least as noisy
+        ([0.02, np.float32(0.5)], 0.5),
+        ([0.02, 0.3, 0.55], 0.3),  # 0.3, 0.4 and 0.5 enter at row 1: the one that needs no re-noising
+        ([0.02, 0.32, 0.55], 0.4),
+        ([0.02, 0.6], None),  # only row 0 is noisy enough
+        ([0.6, 0.9], None),
+        ([], None),
+    ],
+)
+def test_a_start_enters_the_plan_at_row_1_or_later(open_cache: Open, rows: list[float], alpha: float | None) -> None:
+    cache = open_cache()
+    put(cache, "a red circle", unit(0))
+    (found,) = cache.find(SPACE, unit(0), "solver", rows, 1, 0)
+    assert (None if found is None else found.alpha) == alpha
+
+
+def test_a_hole_falls_to_the_next_smaller_level(open_cache: Open) -> None:
+    cache = open_cache()
+    cache.insert(SPACE, "a red circle", unit(0), latents(0.0, alphas=(0.1, 0.3, 0.5)))
+    assert cache.flush(5.0)
+    (found,) = cache.find(SPACE, at(0.92), "solver", ROWS, 1, 0)
+    assert found is not None
+    assert found.alpha == 0.3
+
+
+def test_more_rows_saved_come_before_more_similarity(open_cache: Open) -> None:
+    cache = open_cache()
+    cache.insert(SPACE, "shallow", unit(0), latents(0.0, alphas=(0.1,)))
+    put(cache, "deep", at(0.96))
+    (found,) = cache.find(SPACE, unit(0), "solver", ROWS, 1, 0)
+    assert found is not None
+    assert (found.alpha, found.similarity) == (0.5, pytest.approx(0.96, abs=1e-5))
+
+
+def test_ten_pictures_start_from_as_many_entries_as_there_are(open_cache: Open) -> None:
+    cache = open_cache()
+    for i in range(4):
+        put(cache, f"prompt {i}", at(0.97, axis=i))
+    found = [start for start in cache.find(SPACE, unit(0), "solver", ROWS, 10, 0) if start]
+    assert len(found) == 10
+    assert len({start.id for start in found[:4]}) == 4
+
+
+def test_chance_chooses_among_near_equal_entries_only(open_cache: Open) -> None:
+    cache = open_cache()
+    for i in range(4):
+        put(cache, f"near {i}", at(0.985, axis=i))
+    put(cache, "farther", at(0.96, axis=9))
+    chosen = [cache.find(SPACE, unit(0), "solver", ROWS, 1, seed)[0] for seed in range(60)]
+    similarities = {round(found.similarity, 3) for found in chosen if found}
+    assert similarities == {0.985}
+    assert len({found.id for found in chosen if found}) == 4
+
+
+def test_a_seed_repeats_its_choice_in_one_cache_and_tells_nothing_of_another(open_cache: Open) -> None:
+    store = MemoryStore()
+    cache = open_cache(store)
+    for i in range(8):
+        put(cache, f"near {i}", at(0.985, axis=i))
+
+    def ids(cache: LatentCache) -> list[int]:
+        return [found.id for seed in range(12) if (found := cache.find(SPACE, unit(0), "solver", ROWS, 1, seed)[0])]
+
+    secret = LatentCache(store, 10**8, POLICY)
+    assert ids(cache) == ids(cache)
+    assert ids(cache) != ids(secret)
+    secret.close()
+
+
+def test_the_same_prompt_replaces(open_cache: Open) -> None:
+    store = MemoryStore()
+    cache = open_cache(store)
+    for value in (1.0, 2.0, 3.0):
+        put(cache, "a red circle", unit(0), value=value)
+    (found,) = cache.find(SPACE, unit(0), "solver", ROWS, 1, 0)
+    assert found is not None
+    assert (found.latent == np.float16(3.5)).all()
+    assert cache.stats("alice").entries == 1
+    assert len(list(store.headers())) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tenant": "bob"},
+        {"model": "shapes@2"},
+        {"family": "cosine"},
+        {"loras": (("ink", 1.0),)},
+        {"guidance": 8.0},
+        {"negative_prompt": "blurry"},
+    ],
+)
+def test_nothing_is_found_in_another_key_space(open_cache: Open, change: dict[str, Any]) -> None:
+    cache = open_cache()
+    put(cache, "a red circle", unit(0))
+    assert cache.find(dataclasses.replace(SPACE, **change), unit(0), "solver", ROWS, 1, 0) == [None]
+
+
+def test_another_embedders_vectors_are_not_compared(open_cache: Open) -> None:
+    cache = open_cache()
+    put(cache, "a red circle", unit(0))
+    wide = np.ones(2 * WIDTH, np.float32) / np.float32((2 * WIDTH) ** 0.5)
+    assert cache.find(SPACE, wide, "solver", ROWS, 1, 0) == [None]
+    put(cache, "a red circle", wide)
+    assert cache.find(SPACE, wide, "solver", ROWS, 1, 0) != [None]
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {0.1: np.full(SPACE.shape, np.nan, np.float16)},
+        {0.1: np.full(SPACE.shape, np.inf, np.float16)},
+        {0.1: np.zeros((4, 8, 9), np.float16)},
+        {},
+    ],
+)
+def test_latents_that_cannot_be_started_from_are_not_kept(open_cache: Open, spoilt: dict[float, Latent]) -> None:
+    cache = open_cache()
+    assert cache.insert(SPACE, "a red circle", unit(0), spoilt)
+    assert cache.flush(5.0)
+    assert cache.stats("alice").entries == 0
+    assert cache.stats("alice").counts["dropped"] == 1
+
+
+def test_the_budget_holds_and_what_is_used_stays(open_cache: Open) -> None:
+    store = MemoryStore()
+    budget = 20_000
+    cache = open_cache(store, budget)
+    put(cache, "used", unit(0))
+    for i in range(1, 40):
+        cache.find(SPACE, unit(0), "solver", ROWS, 1, i)
+        put(cache, f"prompt {i}", unit(i))
+        assert store.used_bytes <= budget
+    assert store.used_bytes > 0.9 * budget
+    (found,) = cache.find(SPACE, unit(0), "solver", ROWS, 1, 0)
+    assert found is not None
+    assert found.alpha == 0.5
+    assert cache.stats("alice").counts["evicted"] > 50
+    assert cache.stats("alice").bytes == store.used_bytes
+
+
+def test_an_entry_without_levels_is_gone(open_cache: Open) -> None:
+    store = MemoryStore()
+    cache = open_cache(store, 2000)
+    for i in range(5):
+        put(cache, f"prompt {i}", unit(i))
+    assert cache.stats("alice").entries == len(list(store.headers())) <= 2
+
+
+def test_an_entry_larger_than_the_budget_is_dropped(open_cache: Open) -> None:
+    cache = open_cache(None, 1000)
+    put(cache, "a red circle", unit(0))
+    assert cache.stats("alice").entries == 0
+    assert cache.stats("alice").counts["dropped"] == 1
+
+
+def test_a_tenants_entries_expire(open_cache: Open) -> None:
+    now = [1000.0]
+    store = MemoryStore()
+    cache = open_cache(store, ttl_s={"alice": 60.0}, clock=lambda: now[0])
+    bob = dataclasses.replace(SPACE, tenant="bob")
+    put(cache, "a red circle", unit(0))
+    put(cache, "a red circle", unit(0), space=bob)
+    now[0] += 59
+    assert cache.find(SPACE, unit(0), "solver", ROWS, 1, 0) != [None]
+    now[0] += 2
+    assert cache.find(SPACE, unit(0), "solver", ROWS, 1, 0) == [None]
+    assert cache.find(bob, unit(0), "solver", ROWS, 1, 0) != [None]
+    assert until(lambda: len(list(store.headers())) == 1)
+    assert cache.stats("alice").counts["expired"] == 5
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_the_cache_survives_a_restart(open_cache: Open) -> None:
+    store = MemoryStore()
+    first = open_cache(store)
+    for i in range(3):
+        put(first, f"prompt {i}", unit(i), value=float(i))
+    first.close()
+    told: list[int] = []
+    second = open_cache(store, progress=told.append)
+    (found,) = second.find(SPACE, unit(2), "solver", ROWS, 1, 0)
+    assert found is not None
+    assert (found.latent == np.float16(2.5)).all()
+    assert told == [3]
+    assert second.stats("alice").bytes == store.used_bytes
+
+
+def test_of_two_entries_of_one_prompt_a_restart_keeps_the_younger(open_cache: Open) -> None:
+    """What is left when the process ended between the two halves of a replacement."""
+    store = MemoryStore()
+    for id, created in [(1, 20.0), (2, 30.0), (3, 10.0)]:
+        header = Header(id, SPACE, "a red circle", unit(0), created, (0.5,), (0,))
+        store.put(header, [np.full(SPACE.shape, id, np.float16)])
+    cache = open_cache(store)
+    (found,) = cache.find(SPACE, unit(0), "solver", ROWS, 1, 0)
+    assert found is not None
+    assert found.id == 2
+    assert cache.flush(5.0)
+    assert [header.id for header in store.headers()] == [2]
+
+
+def test_a_smaller_budget_is_met_at_the_start(open_cache: Open) -> None:
+    store = MemoryStore()
+    first = open_cache(store)
+    for i in range(10):
+        put(first, f"prompt {i}", unit(i))
+    first.close()
+    open_cache(store, store.used_bytes // 2)
+    assert store.used_bytes * 2 <= first.stats("alice").bytes
+
+
+def test_what_the_store_has_lost_is_passed_over_and_repaired(open_cache: Open) -> None:
+    store = MemoryStore()
+    cache = open_cache(store)
+    put(cache, "lost", unit(0))
+    put(cache, "kept", at(0.97), value=1.0)
+    (lost,) = [header.id for header in store.headers() if header.prompt == "lost"]
+    store.remove(lost)
+    (found,) = cache.find(SPACE, unit(0), "solver", ROWS, 1, 0)
+    assert found is not None
+    assert (found.latent == np.float16(1.5)).all()
+    assert cache.flush(5.0)
+    assert cache.stats("alice").counts["lost"] == 1
+    (again,) = cache.find(SPACE, unit(0), "solver", ROWS, 1, 0)
+    assert again is not None
+    assert again.id == found.id
+    assert cache.stats("alice").counts["lost"] == 1
+
+
+def test_a_store_that_fails_means_misses_and_heals(open_cache: Open, caplog: pytest.LogCaptureFixture) -> None:
+    store = BrokenStore()
+    cache = open_cache(store)
+    put(cache, "a red circle", unit(0))
+    store.broken = True
+    for _ in range(5):
+        assert cache.find(SPACE, unit(0), "solver", ROWS, 2, 0) == [None, None]
+    put(cache, "a blue circle", unit(1))
+    assert cache.stats("alice").counts["error"] == 10
+    assert cache.stats("alice").counts["dropped"] == 1
+    assert cache.errors == 2  # the lookups after the first left the store alone
+    assert len(caplog.records) == 1
+    store.broken = False
+    assert until(lambda: cache.find(SPACE, unit(0), "solver", ROWS, 1, 0) != [None])
+    put(cache, "a blue circle", unit(1))
+    assert cache.find(SPACE, unit(1), "solver", ROWS, 1, 0) != [None]
+
+
+def test_a_store_that_fails_at_the_start_is_read_later(open_cache: Open) -> None:
+    store = BrokenStore()
+    first = open_cache(store)
+    put(first, "a red circle", unit(0))
+    first.close()
+    store.broken = True
+    second = open_cache(store)
+    assert second.find(SPACE, unit(0), "solver", ROWS, 1, 0) == [None]
+    store.broken = False
+    assert until(lambda: second.find(SPACE, unit(0), "solver", ROWS, 1, 0) != [None])
+
+
+def test_what_could_not_be_purged_from_the_store_is_purged_when_it_is_back(open_cache: Open) -> None:
+    store = BrokenStore()
+    cache = open_cache(store)
+    put(cache, "a red circle", unit(0))
+    store.broken = True
+    threading.Timer(0.2, lambda: setattr(store, "broken", False)).start()
+    assert cache.purge("alice") == 1
+    assert cache.find(SPACE, unit(0), "solver", ROWS, 1, 0) == [None]
+    assert list(store.headers()) == []
+
+
+def test_inserts_never_wait_and_the_queue_is_bounded(open_cache: Open) -> None:
+    store = BrokenStore()
+    cache = open_cache(store, queue=3)
+    store.gate.clear()
+    began = time.monotonic()
+    taken = [cache.insert(SPACE, f"prompt {i}", unit(i), latents(0.0)) for i in range(20)]
+    assert time.monotonic() - began < 1.0
+    assert 3 <= sum(taken) <= 4  # one may be with the store already
+    assert cache.stats("alice").counts["dropped"] == 20 - sum(taken)
+    assert not cache.flush(0.05)
+    store.gate.set()
+    assert cache.flush(5.0)
+    assert cache.stats("alice").entries == sum(taken)
+
+
+def test_a_store_that_hangs_does_not_keep_the_cache_from_closing(open_cache: Open) -> None:
+    store = BrokenStore()
+    cache = open_cache(store)
+    store.gate.clear()
+    cache.insert(SPACE, "a red circle", unit(0), latents(0.0))
+    began = time.monotonic()
+    assert not cache.close(0.1)
+    assert time.monotonic() - began < 1.0
+    assert not cache.insert(SPACE, "a red circle", unit(0), latents(0.0))
+    assert cache.find(SPACE, unit(0), "solver", ROWS, 1, 0) == [None]
+    store.gate.set()
+
+
+@pytest.mark.parametrize(("prompt", "left"), [(None, []), ("prompt 0", ["prompt 1", "prompt 2"]), ("other", None)])
+def test_purging_reaches_inserts_that_still_wait(open_cache: Open, prompt: str | None, left: list[str] | None) -> None:
+    store = BrokenStore()
+    cache = open_cache(store)
+    bob = dataclasses.replace(SPACE, tenant="bob")
+    store.gate.clear()
+    for i in range(3):
+        cache.insert(SPACE, f"prompt {i}", unit(i), latents(0.0))
+    cache.insert(bob, "prompt 0", unit(0), latents(0.0))
+    assert until(lambda: cache._writer._current is not None)
+    cache.purge("alice", prompt)
+    store.gate.set()
+    assert cache.flush(5.0)
+    kept = [header.prompt for header in store.headers() if header.space.tenant == "alice"]
+    assert kept == (["prompt 0", "prompt 1", "prompt 2"] if left is None else left)
+    assert cache.stats("bob").entries == 1
+
+
+def test_purging_by_prompt_and_all(open_cache: Open) -> None:
+    store = MemoryStore()
+    cache = open_cache(store)
+    other_size = dataclasses.replace(SPACE, guidance=3.0)
+    for i in range(3):
+        put(cache, f"prompt {i}", unit(i))
+    put(cache, "prompt 0", unit(0), space=other_size)
+    assert cache.purge("alice", "no such prompt") == 0
+    assert cache.purge("alice", "prompt 0") == 2
+    assert cache.find(SPACE, unit(0), "solver", ROWS, 1, 0) == [None]
+    assert cache.purge("alice") == 2
+    assert cache.purge("alice") == 0
+    assert list(store.headers()) == []
+    assert cache.stats("alice").bytes == 0
+
+
+def test_stats_say_what_was_saved(open_cache: Open) -> None:
+    cache = open_cache()
+    put(cache, "a red circle", unit(0))
+    cache.find(SPACE, unit(0), "solver", ROWS, 3, 0)
+    cache.find(SPACE, at(0.67), "solver", ROWS, 1, 0)
+    cache.find(SPACE, at(0.1), "solver", ROWS, 2, 0)
+    stats = cache.stats("alice")
+    assert (stats.counts["hit"], stats.counts["miss"]) == (4, 2)
+    assert stats.hits_by_steps == {5: 1, 25: 3}
+    assert stats.counts["rows_skipped"] == 3 * 5 + 1
+    assert cache.totals().counts == stats.counts
+    assert cache.totals().entries == 1
