@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +22,14 @@ import torch
 import torch.nn.functional as F
 from engine import describe
 
-from accel.kernels.sampler_step import sampler_step
-from accel.samplers.library import build_plan
-from accel.samplers.noise import INITIAL_ROW, gaussian
-from accel.samplers.plans import Plan
 from models.diffusion.dtype import resolve_device
 from models.diffusion.folder import quiet_libraries
 from models.diffusion.loading import load_model
-from models.diffusion.model import Condition, DiffusionModel
+from models.diffusion.model import DiffusionModel
 from models.scorer import Scorer
+from service.calibration.drawing import Drawing, judged
+from service.calibration.edits import swapped
+from service.calibration.pairs import SEED_STEP
 from service.config import ModelSettings
 from service.diffusion.request import MAX_SEED
 from service.evaluation.material import open_material
@@ -39,10 +37,6 @@ from service.evaluation.prompts import TWINS, Record
 
 STARTS = {"ddim": (50, (0, 5, 10, 15, 20, 25, 30, 35)), "lcm": (4, (0, 1, 2, 3))}  # sampler: steps, rows K
 CPU_PAIRS = 1  # of each kind: 4,000 network evaluations in all
-DECODED_AT_ONCE = 16
-SEED_STEP = 1_000_003  # from the first prompt's seed to the second's
-
-Latents = dict[int, torch.Tensor]  # by row: [N, C, h, w]
 
 
 class Pair(NamedTuple):
@@ -103,91 +97,23 @@ def _other(words: Sequence[str], word: str) -> str:
 
 def _recoloured(record: Record, colour: str) -> Record:
     background = record["background"]
-    prompt = _swapped(record["prompt"], background["colours"][0], colour)
+    prompt = swapped(record["prompt"], background["colours"][0], colour)
     return record | {"prompt": prompt, "background": background | {"colours": [colour]}}
 
 
 def _renamed(record: Record, field: str, word: str) -> Record:
     thing = record["objects"][0]
-    return record | {"prompt": _swapped(record["prompt"], thing[field], word), "objects": [thing | {field: word}]}
-
-
-def _swapped(prompt: str, old: str, new: str) -> str:
-    """The prompt with one word changed and its article with it; as it was where the word is not there just once."""
-    pattern = re.compile(rf"\b(an? )?{re.escape(old)}\b")
-    if len(pattern.findall(prompt)) != 1:
-        return prompt
-    article = "an " if new[0] in "aeiou" else "a "
-    return pattern.sub(lambda found: (article if found[1] else "") + new, prompt)
+    return record | {"prompt": swapped(record["prompt"], thing[field], word), "objects": [thing | {field: word}]}
 
 
 def _reseeded(record: Record, seed: int) -> Record:
     return record | {"seed": (seed + SEED_STEP) % (MAX_SEED + 1)}
 
 
-class Drawing:
-    """One sampler of a model, at its own guidance, from any row on."""
-
-    def __init__(self, model: DiffusionModel, sampler: str, steps: int, batch: int) -> None:
-        self._model, self._sampler, self._steps, self._batch = model, sampler, steps, batch
-
-    def plan(self, first: int = 0) -> Plan:
-        defaults = self._model.card.samplers[self._sampler]
-        schedule = self._model.schedule(self._sampler)
-        return build_plan(
-            self._sampler, schedule, self._steps, spacing=defaults.spacing, karras=defaults.karras, first=first
-        )
-
-    def noise(self, records: Sequence[Record]) -> torch.Tensor:
-        """The latents [N, C, h, w] that the records' pictures start from."""
-        card = self._model.card
-        width, height = card.default_size
-        shape = (card.latent_channels, height // card.scale, width // card.scale)
-        return gaussian(self._seeds(records), INITIAL_ROW, shape, self._model.device) * self.plan().init_scale
-
-    def run(self, records: Sequence[Record], x: torch.Tensor, first: int, keep: Collection[int] = ()) -> Latents:
-        """Latents at the rows `keep` and after the last, at `steps`, of pictures whose latents at row `first` are x."""
-        x, kept = x.clone(), {}
-        conditions, seeds = self._conditions(records), self._seeds(records)
-        denoiser, device = self._model.denoiser(self._sampler), self._model.device
-        previous, finite = torch.zeros_like(x), torch.ones(len(x), dtype=torch.bool, device=device)
-        for index, row in enumerate(self.plan(first).rows, start=first):
-            if index in keep:
-                kept[index] = x.clone()
-            for slots in torch.arange(len(x), device=device).split(self._batch):
-                one = torch.ones(len(slots), device=device)
-                some = conditions[int(slots[0]) : int(slots[-1]) + 1]
-                denoised = denoiser(x[slots], row.t * one, row.alpha * one, some)
-                coefficients = torch.tensor([[row.a, row.b, row.c, row.s]], device=device).expand(len(slots), 4)
-                rows = torch.full_like(slots, index)
-                sampler_step(x, previous, slots, denoised, coefficients.contiguous(), seeds[slots], rows, finite)
-        if not finite.all():
-            raise SystemExit("latents are not finite")
-        return {**kept, self._steps: x}
-
-    def _conditions(self, records: Sequence[Record]) -> list[Condition]:
-        guidance = self._model.card.samplers[self._sampler].guidance_scale
-        prompts = [(record["prompt"], "") for record in records]
-        size = self._model.card.default_size
-        found: list[Condition] = []
-        for at in range(0, len(prompts), self._batch):
-            part = prompts[at : at + self._batch]
-            found += self._model.encode(part, [guidance] * len(part), self._sampler, size)
-        return found
-
-    def _seeds(self, records: Sequence[Record]) -> torch.Tensor:
-        return torch.tensor([record["seed"] for record in records], device=self._model.device)
-
-
-def judged(model: DiffusionModel, scorer: Scorer, latents: torch.Tensor, records: Sequence[Record]) -> dict[str, Any]:
+def averaged(verdicts: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
     """Mean score, and the share of each metric of the records that say something of it."""
-    found: dict[str, list[Any]] = {}
-    for at in range(0, len(records), DECODED_AT_ONCE):
-        part = slice(at, at + DECODED_AT_ONCE)
-        pictures = model.decode(latents[part]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        for metric, values in scorer.judge(scorer.read(pictures), records[part]).items():
-            found.setdefault(metric, []).extend(value for value in values if value is not None)
-    return {metric: sum(values) / len(values) for metric, values in found.items() if values}
+    told = {metric: [value for value in values if value is not None] for metric, values in verdicts.items()}
+    return {metric: sum(values) / len(values) for metric, values in told.items() if values}
 
 
 def measure(
@@ -206,7 +132,7 @@ def measure(
         for start in starts:
             begun = latents[start][chosen] if start else drawing.noise(seconds)
             drawn = drawing.run(seconds, begun, start)[steps]
-            figures.setdefault(kind, {})[start] = judged(model, scorer, drawn, seconds)
+            figures.setdefault(kind, {})[start] = averaged(judged(model, scorer, drawn, seconds))
     return figures
 
 

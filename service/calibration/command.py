@@ -1,0 +1,114 @@
+"""`headstart cache calibrate`: from the command line to a policy file and a table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from cache.latent.policy import Policy
+from service.config import Settings, version
+from service.errors import SetupError
+from service.evaluation.material import open_material
+from service.evaluation.prompts import TWINS
+from service.oneshot import say
+
+
+def run(chosen: argparse.Namespace, settings: Settings) -> tuple[Policy, str]:
+    """Measure and write the policy to `chosen.out`; the policy, and the table.
+
+    `chosen` has prompts (None: those of the scorer's folder), alpha, pairs (of each bin), seed, out and quiet.
+
+    Raises:
+        ModelError, SetupError: the caller can mend it.
+        NonFiniteError: the network returned what is not a number.
+    """
+    if not 0 < chosen.alpha <= 1:
+        raise SetupError(f"--alpha: {chosen.alpha} is not allowed; above 0 and at most 1")
+    if chosen.pairs < 1:
+        raise SetupError(f"--pairs: {chosen.pairs} is not allowed; at least 1")
+    material = open_material(settings.model, chosen.prompts, seed=chosen.seed)
+    records = [prompt.record for prompt in material.prompts if prompt.record["group"] != TWINS]
+    if len(records) < 2:
+        raise SetupError(f"{material.path}: has fewer than two prompts")
+    say(f"loading {settings.model.model}", chosen.quiet)
+    from models.diffusion.loading import load_model  # seconds, for torch and diffusers
+    from service.calibration.calibrate import calibrate
+
+    model = load_model(
+        settings.model.model,
+        revision=settings.model.revision,
+        dtype=settings.model.dtype,
+        device=settings.model.device,
+        cache_dir=settings.model.cache_dir,
+    )
+    policy = calibrate(
+        model,
+        material.scorer,
+        lambda prompts: material.scorer.embed_text(prompts).cpu().numpy(),
+        records,
+        target=chosen.alpha,
+        per_bin=chosen.pairs,
+        seed=chosen.seed,
+        batch=settings.engine.max_batch,
+        quiet=chosen.quiet,
+    )
+    card = model.card
+    policy = replace(
+        policy,
+        figures={
+            "headstart": version(),
+            "model": f"{card.name}@{card.revision}",
+            "scorer": material.home.name,
+            "prompts": material.path.name,
+            **policy.figures,
+        },
+    )
+    try:
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        policy.save(chosen.out)
+    except OSError as error:
+        raise SetupError(f"--out: {chosen.out} cannot be written: {error.strerror}") from None
+    return policy, f"{table(policy)}\n\nwritten to {chosen.out}"
+
+
+def table(policy: Policy) -> str:
+    """Quality by similarity and row, and what the policy allows, a Markdown table a family of samplers."""
+    parts = []
+    for family, measured in policy.figures["families"].items():
+        rows = list(measured["alphas"])
+        heads = ["similarity", "pairs", "from scratch: score, all", *(f"K = {row}" for row in rows), "allowed"]
+        lines = [f"{measured['sampler']}, {measured['steps']} steps, guidance {measured['guidance_scale']:g}", ""]
+        lines += [_line(heads), _line(["---"] * len(heads))]
+        ends: list[float | None] = [*(bin["similarity"] for bin in measured["bins"][1:]), None]
+        for bin, end in zip(measured["bins"], ends, strict=True):
+            deepest = policy.deepest(family, bin["similarity"])
+            allowed = next((str(row) for row, alpha in measured["alphas"].items() if alpha == deepest), "-")
+            low = bin["similarity"]
+            lines.append(
+                _line(
+                    [
+                        f"below {end:g}" if low == -1 else f"{low:g} to {1 if end is None else end:g}",
+                        str(bin["pairs"]),
+                        _scratch(bin["rows"].get(0, {})),
+                        *(_percent(bin["rows"].get(row, {}).get("quality")) for row in rows),
+                        allowed,
+                    ]
+                )
+            )
+        parts.append("\n".join(lines))
+    note = f"Quality in percent of that from scratch; allowed is what keeps {100 * (policy.target or 0):g}%."
+    return "\n\n".join([*parts, note])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _scratch(found: dict[str, Any]) -> str:
+    return ", ".join(f"{found[metric]:.3f}" for metric in ("score", "all") if metric in found) or "-"
