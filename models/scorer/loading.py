@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertModel
 
-from models.diffusion.folder import listing, load_module, one_line, quiet_libraries, read_json
-from models.diffusion.text import VOCABULARIES
+from models.diffusion.folder import listing, one_line, read_json
 from models.errors import ModelError
 from models.scorer.config import Sizes, Thresholds, Vocabulary
+from models.scorer.embedder import load_encoder
 from models.scorer.network import ScorerNetwork
 from models.scorer.scorer import Scorer
 
@@ -49,24 +48,12 @@ def load_scorer(folder: Path, text_encoder_folder: Path, tokenizer_folder: Path,
     vocabulary = Vocabulary.parse(read_json(folder / CONCEPTS), folder / CONCEPTS)
     network = ScorerNetwork(sizes, vocabulary)
     _fill(network, folder / WEIGHTS)
-    encoder = load_module(BertModel, text_encoder_folder, torch.float32, dtype_argument="dtype")
+    encoder, tokenize = load_encoder(text_encoder_folder, tokenizer_folder)
     if encoder.config.hidden_size != sizes.text_width:
         raise ModelError(
             f"{folder} was trained on text states of width {sizes.text_width}; "
             f"{text_encoder_folder} gives {encoder.config.hidden_size}"
         )
-    if not any(all((tokenizer_folder / file).is_file() for file in files) for files in VOCABULARIES):
-        raise ModelError(f"{tokenizer_folder} holds no vocabulary")
-    try:
-        with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    except Exception as error:
-        raise ModelError(f"{tokenizer_folder} holds no tokenizer: {one_line(error)}") from error
-
-    def tokenize(prompts: Sequence[str]) -> torch.Tensor:
-        ids: torch.Tensor = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").input_ids
-        return ids
-
     network = network.to(device).to(memory_format=torch.channels_last).requires_grad_(False).eval()
     return Scorer(network, encoder.to(device), tokenize, sizes, vocabulary, thresholds)
 
