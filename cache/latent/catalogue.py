@@ -20,6 +20,7 @@ from cache.latent.index import Index
 from cache.latent.keys import Header, KeySpace
 
 Vector = NDArray[np.float32]
+_PURGES = 1000  # that a tenant's record remembers
 Gone = tuple[int, float | None]  # (id, level) that the store should forget; level None: the whole entry
 
 
@@ -52,6 +53,11 @@ class Tenant:
     by_age: list[tuple[float, int]] = field(default_factory=list)  # heap of (created, id), where there is a TTL
     bytes: int = 0
     figures: Figures = field(default_factory=Figures)
+    purged: dict[str | None, float] = field(default_factory=dict)  # prompt, or None for all -> when, the latest last
+
+    def has_purged(self, header: Header) -> bool:
+        """An entry that only now comes to be known, from a store that was out of reach or from another server."""
+        return header.created < max(self.purged.get(None, -np.inf), self.purged.get(header.prompt, -np.inf))
 
 
 class Catalogue:
@@ -76,8 +82,9 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, id: int) -> bool:
-        return id in self._entries
+    def levels(self) -> list[tuple[int, float]]:
+        """All levels of all entries."""
+        return [(entry.id, level) for entry in list(self._entries.values()) for level in entry.levels]
 
     # -- reading: any thread
 
@@ -113,16 +120,20 @@ class Catalogue:
     def add(self, headers: Iterable[Header]) -> list[Gone]:
         """Enters entries, each in place of an older one of its prompt; returns what they replaced.
 
-        An entry that is known, or older than the one of its prompt, is passed over (and returned in the second case).
+        An entry that is known is passed over; one that is older than its prompt's, or than a purge, is returned too.
         """
         gone: list[Gone] = []
         vectors: dict[int, tuple[Space, list[Entry], list[Vector]]] = {}
         for header in headers:
             if header.id in self._entries:
                 continue
+            if self.tenant(header.space.tenant).has_purged(header):
+                gone.append((header.id, None))
+                continue
             space = self._space(header.space, len(header.embedding))
             older = space.by_prompt.get(header.prompt)
-            if older is not None and older.created > header.created:
+            # Servers that share a store have to agree on which of two goes, hence the id.
+            if older is not None and (older.created, older.id) > (header.created, header.id):
                 gone.append((header.id, None))
                 continue
             entry = self._enter(header, space)
@@ -180,9 +191,13 @@ class Catalogue:
                     gone.append((entry.id, None))
         return gone
 
-    def purge(self, name: str, prompt: str | None) -> list[Gone]:
-        """Forgets a tenant's entries, of one prompt or all; returns them."""
+    def purge(self, name: str, prompt: str | None, now: float) -> list[Gone]:
+        """Forgets a tenant's entries, of one prompt or all, and those of before that are yet to come; returns them."""
         tenant = self.tenant(name)
+        tenant.purged.pop(prompt, None)
+        tenant.purged[prompt] = now
+        if len(tenant.purged) > _PURGES:
+            del tenant.purged[next(iter(tenant.purged))]
         spaces = list(tenant.spaces.values())
         if prompt is None:
             doomed = [entry for space in spaces for entry in space.entries.values()]

@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, cast
@@ -24,7 +24,7 @@ from cache.latent.eviction import EVICTORS, Evictor
 from cache.latent.figures import Stats
 from cache.latent.keys import Header, KeySpace, random_id
 from cache.latent.policy import Policy
-from cache.latent.store import Store, StoreError, StoreFullError
+from cache.latent.store import SharedStore, Store, StoreError, StoreFullError
 from cache.latent.writer import Insert, Writer
 
 _log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 _ALPHA_TOLERANCE = 1e-6  # lets an alpha that went through float32 enter at the row that it came from
 _BATCH = 1024  # headers entered at a time when the catalogue is built
 _RETRY_S = 1.0  # for which lookups leave a store alone that has failed
+_FOLLOW_S = 0.25  # between two looks at what other servers did
 _LOG_EVERY_S = 60.0
 _PURGE_WAIT_S = 5.0
 
@@ -115,7 +116,11 @@ class LatentCache:
         self._changing = threading.Lock()  # held while the catalogue is changed, never while the store is at work
         levels = cast(Evictor[tuple[int, float]], EVICTORS[evictor]())
         self._catalogue = Catalogue(levels, policy.steps, ttl_s or {})
-        self._writer = Writer(self._write, self._forget, self._follow, self._faults.report, queue)
+        self._writer = Writer(self._write, self._forget, self._keep_up, self._faults.report, queue)
+        # A store that several servers use tells what the others do.
+        self._shared = cast(SharedStore, store) if hasattr(store, "changes") else None
+        self._cursor: str | None = None
+        self._follows_at = 0.0
         self._loaded = False
         try:
             self._load(progress)
@@ -264,23 +269,53 @@ class LatentCache:
             self._catalogue.remove(*gone)
         self._store.remove(*gone)
 
-    def _follow(self) -> None:
+    # -- keeping in step with the store
+
+    def _keep_up(self) -> None:
         if not self._loaded:
             self._load(None)
+        elif self._shared is not None and time.monotonic() >= self._follows_at:
+            self._follows_at = time.monotonic() + _FOLLOW_S
+            self._follow(self._shared)
         with self._changing:
             gone = self._catalogue.expire(self._clock())
         self._erase(gone)
 
     def _load(self, progress: Callable[[int], None] | None) -> None:
-        headers: Iterator[Header] = self._store.headers()
+        """Enters what the store has and forgets what it has not."""
+        self._loaded = False
+        if self._shared is not None:
+            self._cursor = self._shared.changes(None).cursor
+        missing = set(self._catalogue.levels())
+        headers = self._store.headers()
         while batch := list(islice(headers, _BATCH)):
+            missing.difference_update((header.id, level) for header in batch for level in header.levels)
             with self._changing:
                 gone = self._catalogue.add(batch)
-            self._writer.remove(gone)
+            self._erase(gone)
             if progress is not None:
                 progress(len(self._catalogue))
+        with self._changing:
+            for id, level in missing:
+                self._catalogue.remove(id, level)
         self._make_room(0)
         self._loaded = True
+
+    def _follow(self, store: SharedStore) -> None:
+        """Takes over what other servers have put and removed."""
+        changes = store.changes(self._cursor)
+        if not changes.complete:
+            self._load(None)
+            return
+        gone: list[Gone] = []
+        with self._changing:
+            for change in changes.events:
+                if change.header is None:
+                    self._catalogue.remove(change.id, change.level)
+                else:
+                    gone += self._catalogue.add([change.header])
+        self._cursor = changes.cursor
+        self._erase(gone)
 
     # -- for the tenant
 
@@ -296,7 +331,7 @@ class LatentCache:
         """
         with self._changing:
             self._writer.cancel(tenant, prompt)
-            gone = self._catalogue.purge(tenant, prompt)
+            gone = self._catalogue.purge(tenant, prompt, self._clock())
         self._writer.remove(gone)
         if gone:
             self._writer.flush(_PURGE_WAIT_S)

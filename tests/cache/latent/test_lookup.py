@@ -12,7 +12,7 @@ import pytest
 from cache.latent.keys import Header, KeySpace
 from cache.latent.lookup import LatentCache
 from cache.latent.policy import nirvana
-from cache.latent.store import Latent, MemoryStore, StoreError
+from cache.latent.store import Change, Changes, Latent, MemoryStore, StoreError
 
 WIDTH = 16
 LEVELS = {5: 0.1, 10: 0.2, 15: 0.3, 20: 0.4, 25: 0.5}
@@ -460,3 +460,103 @@ def test_stats_say_what_was_saved(open_cache: Open) -> None:
     assert stats.counts["rows_skipped"] == 3 * 5 + 1
     assert cache.totals().counts == stats.counts
     assert cache.totals().entries == 1
+
+
+def test_a_purge_reaches_what_the_store_shows_only_later(open_cache: Open) -> None:
+    store = BrokenStore()
+    first = open_cache(store)
+    for i in range(3):
+        put(first, f"prompt {i}", unit(i))
+    first.close()
+    store.broken = True
+    second = open_cache(store)
+    assert second.purge("alice", "prompt 1") == 0
+    assert second.purge("bob") == 0
+    store.broken = False
+    assert until(lambda: second.stats("alice").entries == 2)
+    assert sorted(header.prompt for header in store.headers()) == ["prompt 0", "prompt 2"]
+    put(second, "prompt 1", unit(1))
+    assert second.stats("alice").entries == 3
+
+
+class SharedMemory(MemoryStore):
+    """What several servers see of one store."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[tuple[object, Change]] = []
+
+
+class SharedMemoryStore:
+    """One server's view of it. The log forgets all but its last `log_length` events."""
+
+    def __init__(self, shared: SharedMemory, log_length: int = 10**6) -> None:
+        self.damaged = 0
+        self._shared = shared
+        self._log_length = log_length
+
+    @property
+    def used_bytes(self) -> int:
+        return self._shared.used_bytes
+
+    def put(self, header: Header, latents: Sequence[Latent]) -> Header:
+        header = self._shared.put(header, latents)
+        self._shared.log.append((self, Change(header.id, None, header)))
+        return header
+
+    def get(self, id: int, level: float) -> Latent | None:
+        return self._shared.get(id, level)
+
+    def remove(self, id: int, level: float | None = None) -> None:
+        self._shared.remove(id, level)
+        self._shared.log.append((self, Change(id, level, None)))
+
+    def headers(self) -> Iterator[Header]:
+        return self._shared.headers()
+
+    def changes(self, after: str | None) -> Changes:
+        end = len(self._shared.log)
+        if after is None:
+            return Changes(str(end), (), True)
+        if end - int(after) > self._log_length:
+            return Changes(str(end), (), False)
+        events = tuple(change for server, change in self._shared.log[int(after) : end] if server is not self)
+        return Changes(str(end), events, True)
+
+    def close(self) -> None:
+        pass
+
+
+def is_found(cache: LatentCache, value: float) -> bool:
+    (found,) = cache.find(SPACE, unit(0), "solver", ROWS, 1, 0)
+    return found is not None and bool((found.latent == np.float16(value)).all())
+
+
+@pytest.mark.parametrize("log_length", [10**6, 0])
+def test_servers_that_share_a_store_follow_each_other(open_cache: Open, log_length: int) -> None:
+    shared = SharedMemory()
+    first, second = (open_cache(SharedMemoryStore(shared, log_length)) for _ in range(2))
+    put(first, "a red circle", unit(0), value=1.0)
+    put(first, "a blue circle", unit(1), value=1.0)
+    assert until(lambda: second.stats("alice").entries == 2)
+    put(second, "a red circle", unit(0), value=2.0)
+    for cache in (first, second):
+        assert until(lambda cache=cache: is_found(cache, 2.5))
+        assert cache.stats("alice").entries == 2 == len(list(shared.headers()))
+    assert first.purge("alice") == 2
+    assert until(lambda: second.stats("alice").entries == 0)
+    assert second.find(SPACE, unit(0), "solver", ROWS, 1, 0) == [None]
+
+
+def test_levels_that_another_server_evicted_are_not_asked_for(open_cache: Open) -> None:
+    shared = SharedMemory()
+    other = SharedMemoryStore(shared)
+    cache = open_cache(SharedMemoryStore(shared))
+    put(cache, "a red circle", unit(0))
+    (header,) = shared.headers()
+    other.remove(header.id, 0.5)
+    assert until(lambda: cache.stats("alice").bytes == shared.used_bytes)
+    (found,) = cache.find(SPACE, unit(0), "solver", ROWS, 1, 0)
+    assert found is not None
+    assert found.alpha == 0.4
+    assert cache.stats("alice").counts["lost"] == 0
