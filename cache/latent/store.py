@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,31 @@ class Store(Protocol):
         """Every entry, with the levels that are left of it; damaged ones are counted, removed and passed over."""
 
     def close(self) -> None: ...
+
+
+class Change(NamedTuple):
+    """Something that another server did to a store that several share."""
+
+    id: int
+    level: float | None  # removed; None: all of it
+    header: Header | None  # put; None: removed
+
+
+class Changes(NamedTuple):
+    cursor: str  # what to ask from next time
+    events: tuple[Change, ...]  # in the order in which they happened
+    complete: bool  # False: more has happened than the log remembers; build anew from `headers`
+
+
+class SharedStore(Store, Protocol):
+    """A store that several servers use at the same time.
+
+    To follow the others: take the cursor of `changes(None)`, read `headers`, then ask for the changes after the cursor
+    again and again. Whatever happened while the headers were read comes once more as a change.
+    """
+
+    def changes(self, after: str | None) -> Changes:
+        """What other servers have put and removed since the cursor `after`; None: nothing, but the cursor of now."""
 
 
 def records_of(header: Header, latents: Sequence[Latent]) -> dict[float, bytes]:

@@ -18,6 +18,7 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import lmdb
 
@@ -58,7 +59,7 @@ class LmdbStore:
         self._budget = budget_bytes
         self._owner: int | None = None  # the locked file that says whose folder it is
         self._environment: lmdb.Environment | None = None
-        self._tables: dict[int, object] = {}  # by the size of their keys
+        self._tables: dict[int, Any] = {}  # by the size of their keys
         self._mapped = threading.Lock()  # held while the map is read, and to open or close it
         self._broken = False  # the environment has failed and must be reopened
         self._transacting = threading.RLock()  # held while something is written; only ever tried under _mapped
@@ -214,7 +215,7 @@ class LmdbStore:
 
     def _header_records(self, start: bytes) -> list[tuple[bytes, bytes]]:
         """The next committed headers, from the key `start` on."""
-        found = []
+        found: list[tuple[bytes, bytes]] = []
         with self._mapped:
             try:
                 with self._opened().begin(db=self._tables[_HEADER_KEY.size]) as transaction:
