@@ -22,6 +22,7 @@ examples:
   headstart serve                                  serve it on http://127.0.0.1:8000
   headstart generate "a red fox" -o fox.png        draw one picture without a server
   headstart eval --limit 100                       measure how well the default model draws
+  headstart cache stats                            what is kept of earlier pictures, to start new ones from
   headstart show fox.png                           print what a picture was drawn from
 """
 SERVE_HELP = """\
@@ -36,12 +37,23 @@ examples:
 GENERATE_HELP = """\
 Draws pictures in this process and writes them to files that carry their settings. With --n above 1,
 `-o fox.png` writes fox-1.png, fox-2.png ... and fox.png, a contact sheet of them all.
-Files that exist are overwritten.
+Files that exist are overwritten. The cache of half-drawn pictures is left alone unless --cache asks
+for it; a server that uses the same folder must not run then.
 
 examples:
   headstart generate "a red fox" -o fox.png --seed 7
   headstart generate "a red fox" -o fox.png --n 4 --sampler lcm --steps 4
   headstart generate "a red fox" -o - --format jpeg > fox.jpg
+"""
+CACHE_HELP = """\
+Servers keep half-drawn pictures, and later prompts that are similar start from them (docs/cache.md).
+These commands work on the folder or Redis server that the settings name, or with --url through a
+server, which asks for its key (HEADSTART_API_KEY). A folder belongs to one process at a time.
+
+examples:
+  headstart cache stats --url http://127.0.0.1:8000
+  headstart cache purge --prompt "a red fox"
+  headstart cache warm prompts.txt --sampler ddim --steps 50
 """
 EVAL_HELP = """\
 Draws prompts in this process, judges the pictures with the scorer that comes with the model (with the
@@ -104,6 +116,7 @@ def _parser() -> Parser:
     _add_generate(subparsers)
     _add_eval(subparsers)
     _add_models(subparsers)
+    _add_cache(subparsers)
     _add_show(subparsers)
     return parser
 
@@ -116,7 +129,7 @@ def _described(parser: Parser, text: str) -> Parser:
 
 def _add_serve(subparsers: Any) -> None:
     parser = _described(subparsers.add_parser("serve", help="serve a model over HTTP"), SERVE_HELP)
-    _add_settings(parser, ("server", "model", "engine", "log"))
+    _add_settings(parser, ("server", "model", "engine", "cache", "log"))
     parser.set_defaults(run=commands.serve)
 
 
@@ -133,6 +146,13 @@ def _add_generate(subparsers: Any) -> None:
     picture.add_argument("--guidance", type=float, metavar="SCALE", help="how closely to follow the prompt, 0 to 30")
     picture.add_argument("--eta", type=float, help="noise of the sampler ddim, 0 to 1")
     picture.add_argument("--class-label", type=int, metavar="N", help="for a class-conditional model")
+    picture.add_argument(
+        "--cache",
+        choices=("auto", "use", "bypass", "refresh"),
+        default="bypass",
+        help="start from what similar prompts left, and leave something: auto (not with --seed), use (even then), "
+        "refresh (only leave something); default: bypass",
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o", "--output", default="headstart.png", metavar="FILE", help="- is stdout; default: %(default)s"
@@ -141,7 +161,7 @@ def _add_generate(subparsers: Any) -> None:
     output.add_argument("--quality", type=int, default=90, metavar="Q", help="of JPEG and WebP, 0 to 100; default: 90")
     output.add_argument("--json", action="store_true", help="print on stdout what was drawn, as JSON")
     output.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    _add_settings(parser, ("model", "log"), but=("--lora",))
+    _add_settings(parser, ("model", "cache", "log"), but=("--lora", "--cache", "--cache-shared", "--cache-ttl"))
     _add_lora(parser)
     parser.set_defaults(run=commands.generate)
 
@@ -198,6 +218,44 @@ def _add_models(subparsers: Any) -> None:
             action.add_argument("name", nargs="?", default="default", metavar="NAME", help="default: %(default)s")
         _add_settings(action, ("model",), only=("--cache-dir",))
         action.set_defaults(run=commands.models, action=name)
+
+
+def _add_cache(subparsers: Any) -> None:
+    parser = _described(
+        subparsers.add_parser("cache", help="look into the cache of half-drawn pictures, empty it, fill it"), CACHE_HELP
+    )
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, run, help in (
+        ("stats", commands.cache_stats, "what is kept, for whom, and through a server what that has saved"),
+        ("purge", commands.cache_purge, "forget it, all or what one prompt left"),
+        ("warm", commands.cache_warm, "draw the prompts of a file, for what they leave"),
+    ):
+        action = actions.add_parser(name, help=help, description=help)
+        if name == "purge":
+            action.add_argument("--prompt", metavar="TEXT", help="as it was sent; default: all prompts")
+        if name == "warm":
+            action.add_argument("file", type=Path, metavar="FILE", help="a prompt a line, or JSON Lines with `prompt`")
+            _add_warm(action)
+        action.add_argument("--url", metavar="URL", help="of a server to go through, such as http://127.0.0.1:8000")
+        everyone = "default" if name == "warm" else "everyone"
+        action.add_argument("--tenant", metavar="NAME", help=f"whose; default: {everyone}, or with --url the key's")
+        action.add_argument("--json", action="store_true", help="print the answer as JSON")
+        _add_settings(action, ("model", "cache", "log"), but=("--lora", "--cache"))
+        server = action.add_argument_group("server")
+        for option in OPTIONS:
+            if option.flag == "--api-key":
+                _add_option(server, option)
+        action.set_defaults(run=run)
+
+
+def _add_warm(parser: argparse.ArgumentParser) -> None:
+    picture = parser.add_argument_group("pictures", "what is left out is the model's default")
+    picture.add_argument("--negative", metavar="TEXT", help="what to keep out of the pictures")
+    picture.add_argument("--size", metavar="WxH", help="in pixels, such as 256x256")
+    picture.add_argument("--sampler", metavar="NAME", help="such as lcm, ddim, euler")
+    picture.add_argument("--steps", type=int, metavar="N", help="how many")
+    picture.add_argument("--guidance", type=float, metavar="SCALE", help="how closely to follow the prompt, 0 to 30")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _add_show(subparsers: Any) -> None:

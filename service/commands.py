@@ -36,7 +36,7 @@ def generate(chosen: argparse.Namespace) -> int:
     logs.setup(settings.log)
     output = oneshot.plan_output(chosen.output, chosen.format, chosen.quality, chosen.json)
     draft = oneshot.draft_of(chosen, loras)
-    described = oneshot.generate(settings, draft, output, quiet=chosen.quiet)
+    described = oneshot.generate(settings, draft, output, cache=chosen.cache, quiet=chosen.quiet)
     if chosen.json:
         print(json.dumps(described, ensure_ascii=False, indent=2))
     return 0
@@ -50,6 +50,47 @@ def evaluate(chosen: argparse.Namespace) -> int:
     logs.setup(settings.log)
     results, table = command.run(chosen, settings, loras)
     print(json.dumps(results, ensure_ascii=False, indent=2) if chosen.json else table)
+    return 0
+
+
+def cache_stats(chosen: argparse.Namespace) -> int:
+    from service import cache_commands
+
+    return _answer(chosen, cache_commands.stats(chosen, _cache_settings(chosen)))
+
+
+def cache_purge(chosen: argparse.Namespace) -> int:
+    from service import cache_commands
+
+    return _answer(chosen, cache_commands.purge(chosen, _cache_settings(chosen)))
+
+
+def cache_warm(chosen: argparse.Namespace) -> int:
+    from service import cache_commands
+
+    return _answer(chosen, cache_commands.warm(chosen, _cache_settings(chosen)))
+
+
+def _cache_settings(chosen: argparse.Namespace) -> Settings:
+    from service import logs
+
+    settings = _settings(chosen, Settings(log=LogSettings(level="warning")))
+    logs.setup(settings.log)
+    return settings
+
+
+def _answer(chosen: argparse.Namespace, answer: dict[str, Any]) -> int:
+    if chosen.json:
+        print(json.dumps(answer, ensure_ascii=False, indent=2))
+        return 0
+    for name, value in answer.items():
+        if isinstance(value, dict):
+            print(f"{name}:" if value else f"{name}: none")
+            for key, inner in value.items():
+                told = ", ".join(f"{k} {v}" for k, v in inner.items()) if isinstance(inner, dict) else inner
+                print(f"  {key}: {told}")
+        else:
+            print(f"{name}: {value}")
     return 0
 
 

@@ -56,8 +56,24 @@ class Latents:
         return CacheIntent(tenant=self._namespace(tenant), embedding=embedding, look=mode != "refresh", store=True)
 
     def stats(self, tenant: str) -> dict[str, Any]:
-        """What a tenant has here, fit for JSON."""
-        return self.cache.stats(self._namespace(tenant))
+        """What a tenant has here and what that has saved since the start, fit for JSON."""
+        stats = self.cache.stats(self._namespace(tenant))
+        counts = stats.counts
+        lookups = {result: counts[result] for result in ("hit", "miss", "skipped", "error")}
+        pictures = sum(lookups.values())
+        return {
+            "entries": stats.entries,
+            "bytes": stats.bytes,
+            "lookups": lookups,
+            "hit_rate": _share(counts["hit"], pictures),
+            "hit_rate_by_k": {str(k): _share(hits, pictures) for k, hits in stats.hits_by_steps.items()},
+            "steps_saved": counts["rows_skipped"],
+            "stored": counts["stored"],
+            "dropped": counts["dropped"],
+            "evicted": counts["evicted"],
+            "expired": counts["expired"],
+            "policy": self.cache.policy.source,
+        }
 
     def purge(self, tenant: str, prompt: str | None) -> int:
         """Forget a tenant's entries, of one prompt or all; how many."""
@@ -66,9 +82,8 @@ class Latents:
     def close(self) -> None:
         """Write what waits, for CLOSE_S seconds at most."""
         self._thread.shutdown()
-        if not self.cache.flush(CLOSE_S):
+        if not self.cache.close(CLOSE_S):
             log.warning("the cache was closed before all of it was written")
-        self.cache.close()
 
     def _namespace(self, tenant: str) -> str:
         return SHARED_TENANT if self._shared else tenant
@@ -77,3 +92,7 @@ class Latents:
         if time.monotonic() - self._said >= QUIET_S:
             self._said = time.monotonic()
             log.exception("a prompt could not be embedded; its pictures are drawn from scratch")
+
+
+def _share(part: int, whole: int) -> float:
+    return round(part / whole, 4) if whole else 0.0

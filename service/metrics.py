@@ -1,14 +1,20 @@
-"""Prometheus metrics, in a registry of their own. No prompt is ever a label."""
+"""Prometheus metrics, in a registry of their own. No prompt and no tenant is ever a label."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
+from prometheus_client.registry import Collector
 
 from service.bridge import Stats
-from service.diffusion.request import Timings
+from service.diffusion.request import Image, Timings
+
+if TYPE_CHECKING:
+    from cache.latent.lookup import LatentCache
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
@@ -27,11 +33,14 @@ class Metrics:
         self.latency = self._histogram("e2e_request_latency_seconds", "From acceptance to the end of a request")
         self.queue_time = self._histogram("queue_time_seconds", "From acceptance to the first step of a request")
         self.stages = self._histogram(
-            "stage_latency_seconds", "One batch in a stage: encode, denoise (a step), preview, decode", "stage"
+            "stage_latency_seconds",
+            "One batch in a stage: embed, encode, lookup, denoise (a step), preview, decode",
+            "stage",
         )
         self.batches = self._histogram("step_batch_size", "Pictures that one step advanced", buckets=BATCHES)
         self.steps_run = self._counter("steps_run", "Steps that were run, over all pictures")
         self.steps_skipped = self._counter("steps_skipped", "Steps that needed no running, over all pictures")
+        self.lookups = self._counter("cache_lookups", "Finished pictures by what the cache had for them", "result")
         self.evaluations = self._counter("evaluations", "Network evaluations, over all pictures")
         self.http_requests = self._counter("http_requests", "HTTP replies", "route", "status")
 
@@ -53,6 +62,15 @@ class Metrics:
         self.running.set_function(lambda: stats().running)
         self.waiting.set_function(lambda: stats().waiting)
 
+    def watch_cache(self, cache: LatentCache) -> None:
+        """Ask the cache for its own figures whenever the metrics are read."""
+        self.registry.register(CacheCollector(cache))
+
+    def finished(self, image: Image) -> None:
+        """A picture is done."""
+        self.lookups.labels(result=image.cache_result).inc()
+        self.steps_skipped.inc(image.steps_skipped)
+
     def ended(self, outcome: str, timings: Timings | None) -> None:
         """A request is completed, failed, cancelled, or was rejected by a full queue; only the last has no timings."""
         self.requests.labels(outcome=outcome).inc()
@@ -69,3 +87,33 @@ class Metrics:
 
     def _histogram(self, name: str, help: str, *labels: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
         return Histogram(f"headstart_{name}", help, labels, registry=self.registry, buckets=buckets)
+
+
+class CacheCollector(Collector):
+    """The latent cache's figures, all tenants together."""
+
+    def __init__(self, cache: LatentCache) -> None:
+        self._cache = cache
+
+    def collect(self) -> Iterable[Metric]:
+        totals = self._cache.totals()
+        yield GaugeMetricFamily("headstart_cache_entries", "Prompts with cached latents", totals.entries)
+        yield GaugeMetricFamily("headstart_cache_bytes", "What they take in the store", totals.bytes)
+        hits = CounterMetricFamily(
+            "headstart_cache_hits",
+            "Starts found, by the steps of 50 that their latents have behind them",
+            labels=["steps"],
+        )
+        for steps, count in totals.hits_by_steps.items():
+            hits.add_metric([str(steps)], count)
+        yield hits
+        changes = CounterMetricFamily(
+            "headstart_cache_changes",
+            "Entries stored and dropped before they were; levels evicted for room, expired and lost by the store",
+            labels=["change"],
+        )
+        for change in ("stored", "dropped", "evicted", "expired", "lost"):
+            changes.add_metric([change], totals.counts.get(change, 0))
+        yield changes
+        yield CounterMetricFamily("headstart_cache_errors", "Failures of the store", self._cache.errors)
+        yield CounterMetricFamily("headstart_cache_damaged", "Damaged records found and removed", self._cache.damaged)

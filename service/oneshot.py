@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from tqdm import tqdm
 
-from service.config import Settings
+from service.config import DEFAULT_TENANT, Settings
 from service.diffusion.request import Completed, Draft, Failed, Image, ImageRequest, Progress, parse_size
 from service.errors import CancelledError, SetupError
 from service.pictures import SUFFIXES, contact_sheet, encode
@@ -122,8 +122,11 @@ def draft_of(chosen: argparse.Namespace, loras: Sequence[Lora]) -> Draft:
     )
 
 
-def generate(settings: Settings, draft: Draft, output: Output, *, quiet: bool) -> dict[str, Any]:
+def generate(settings: Settings, draft: Draft, output: Output, *, cache: str, quiet: bool) -> dict[str, Any]:
     """Draw and write; what was drawn, fit for JSON.
+
+    Args:
+        cache: the cache mode; it is opened for any but "bypass".
 
     Raises:
         ModelError, InputError, SetupError: the caller can mend it.
@@ -132,9 +135,9 @@ def generate(settings: Settings, draft: Draft, output: Output, *, quiet: bool) -
     say(f"loading {settings.model.model}", quiet)
     from service.runtime import open_runtime  # seconds, for torch
 
-    runtime = open_runtime(settings)
+    runtime = open_runtime(settings, cached=cache != "bypass")
     request = runtime.resolve(draft, FLAGS)
-    images, completed = asyncio.run(_draw(runtime, request, quiet))
+    images, completed = asyncio.run(_draw(runtime, request, draft, cache, quiet))
     files = _write(request, images, runtime.card.name, output)
     for file, image in zip(files, images, strict=False):
         say(f"{file}: seed {image.seed}, {image.steps_run} steps, {completed.timings.total_s:.1f} s", quiet)
@@ -148,8 +151,11 @@ def say(line: str, quiet: bool) -> None:
         print(line, file=sys.stderr)
 
 
-async def _draw(runtime: Runtime, request: ImageRequest, quiet: bool) -> tuple[list[Image], Completed]:
+async def _draw(
+    runtime: Runtime, request: ImageRequest, draft: Draft, cache: str, quiet: bool
+) -> tuple[list[Image], Completed]:
     runtime.bridge.start()
+    request = await runtime.with_cache(request, draft, cache, DEFAULT_TENANT)
     images: list[Image] = []
     done = dict.fromkeys(range(request.n), 0)
     try:
@@ -207,6 +213,8 @@ def _described(
                 "steps_run": image.steps_run,
                 "steps_skipped": image.steps_skipped,
                 "evaluations": image.evaluations,
+                "cache": image.cache_result,
+                "similarity": image.similarity,
             }
             for file, image in zip(files, images, strict=False)
         ],

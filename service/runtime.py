@@ -15,6 +15,7 @@ from service.config import EngineSettings, Settings
 from service.diffusion.admission import resolve
 from service.diffusion.engine import DiffusionEngine, Observer
 from service.diffusion.request import MAX_SEED, Draft, Failed, ImageRequest
+from service.diffusion.starts import Starts
 from service.errors import InputError
 from service.latents import Latents
 
@@ -74,25 +75,30 @@ class Runtime:
                 raise event.error
 
 
-def open_runtime(settings: Settings) -> Runtime:
-    """Load the model. Its bridge is not started yet. Raises ModelError."""
-    return _runtime(_engine(settings), settings.engine)
+def open_runtime(settings: Settings, *, cached: bool = False) -> Runtime:
+    """Load the model. Its bridge is not started yet.
+
+    Args:
+        cached: open the latent cache too, unless the settings say otherwise.
+
+    Raises ModelError, and SetupError for a policy or a URL that is none.
+    """
+    return _open(settings, cached)[0]
 
 
-def open_warm_runtime(settings: Settings, observer: Observer) -> Runtime:
+def open_warm_runtime(settings: Settings, observer: Observer, *, cached: bool = False) -> Runtime:
     """The same, with its bridge started and its engine warmed up, which the observer is not told of.
 
     For a thread that runs no event loop.
     """
-    engine = _engine(settings)
-    runtime = _runtime(engine, settings.engine)
+    runtime, engine = _open(settings, cached)
     runtime.bridge.start()
     asyncio.run(runtime.warm_up())
     engine.observer = observer
     return runtime
 
 
-def _engine(settings: Settings) -> DiffusionEngine:
+def _open(settings: Settings, cached: bool) -> tuple[Runtime, DiffusionEngine]:
     chosen = settings.model
     model = load_model(
         chosen.model,
@@ -102,9 +108,12 @@ def _engine(settings: Settings) -> DiffusionEngine:
         loras=chosen.loras,
         cache_dir=chosen.cache_dir,
     )
-    return DiffusionEngine(model, settings.engine)
+    latents: Latents | None = None
+    starts: Starts | None = None
+    if cached and settings.cache.enabled:
+        from service.opening import open_latents  # with faiss, which few commands need
 
-
-def _runtime(engine: DiffusionEngine, limits: EngineSettings) -> Runtime:
-    bridge: Bridge[ImageRequest] = Bridge(engine, limits)
-    return Runtime(engine.card, bridge, limits)
+        latents, starts = open_latents(settings, model) or (None, None)
+    engine = DiffusionEngine(model, settings.engine, starts=starts)
+    bridge: Bridge[ImageRequest] = Bridge(engine, settings.engine)
+    return Runtime(model.card, bridge, settings.engine, latents), engine

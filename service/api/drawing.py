@@ -123,7 +123,7 @@ async def _until_terminal(service: Service, stream: RequestStream) -> AsyncItera
         if isinstance(event, Completed):
             service.metrics.ended("completed", event.timings)
         elif isinstance(event, Image):
-            service.metrics.steps_skipped.inc(event.steps_skipped)
+            service.metrics.finished(event)
         elif isinstance(event, Failed):
             service.metrics.ended("failed", event.timings)
             raise event.error

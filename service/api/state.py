@@ -40,6 +40,8 @@ class Service:
         self._runtime = runtime
         self.ready_at = time.time()
         self.metrics.watch(lambda: runtime.bridge.stats)
+        if runtime.latents is not None:
+            self.metrics.watch_cache(runtime.latents.cache)
 
     @property
     def loading(self) -> bool:
