@@ -8,6 +8,7 @@ rows are tombstones, or when the kind no longer fits the size, a background thre
 rows, replays what has changed meanwhile, and puts it in the old one's place; searches go on all the time.
 """
 
+import atexit
 import logging
 import os
 import threading
@@ -37,9 +38,10 @@ SEARCH_BEAM = 128  # efSearch
 CHUNK = 8  # rows added in one go to a graph in use: a search waits at most for these
 FLAT_CHUNK = 1024  # the same without a graph
 BUILD_CHUNK = 4096  # rows added in one go to an index not yet in use
-WIDEST = 1024  # the most results that a graph is asked for to get round tombstones
+WIDEST = 1024  # the most results that a graph or a GPU is asked for to get round tombstones
 RETRY_S = 60.0  # between two attempts to rebuild, when one has failed
 MAGIC = b"HSINDEX1"
+GPU = faiss.get_num_gpus() > 0
 
 
 class SnapshotError(ValueError):
@@ -80,7 +82,7 @@ class Index:
 
     def add(self, ids: Ids, vectors: Vectors) -> None:
         """Add `vectors` [N, D] under `ids` [N] (at least 0); an id that is there already is replaced."""
-        ids = np.ascontiguousarray(ids, np.int64)
+        ids = np.array(ids, np.int64)  # a copy: the journal keeps it
         vectors = np.ascontiguousarray(vectors, np.float32)
         if ids.ndim != 1 or vectors.shape != (len(ids), self.dimension):
             raise ValueError(
@@ -94,7 +96,7 @@ class Index:
         while start < len(ids):
             with self._changes:
                 chunk = slice(start, start + (CHUNK if self._segment.graph else FLAT_CHUNK))
-                with self._lock.exclusive():
+                with self._lock.exclusive(), _threads(1):
                     rows = self._segment.add(ids[chunk], vectors[chunk])
                 if self._journal is not None:
                     self._journal.append((ids[chunk], rows))
@@ -103,7 +105,7 @@ class Index:
 
     def remove(self, ids: Ids) -> int:
         """Remove `ids` [N]; those that are not here are passed over. Returns how many were."""
-        ids = np.ascontiguousarray(ids, np.int64)
+        ids = np.array(ids, np.int64)
         with self._changes:
             if self._journal is not None:
                 self._journal.append((ids, None))
@@ -122,7 +124,7 @@ class Index:
         if not np.isfinite(query).all():
             raise ValueError("the vector holds a value that is not finite")
         # An index on a GPU has one scratch memory: one search at a time.
-        with self._lock.exclusive() if faiss.get_num_gpus() else self._lock.shared(), _threads(1):
+        with self._lock.exclusive() if GPU else self._lock.shared(), _threads(1):
             return self._segment.search(query, k)
 
     def settle(self, timeout: float | None = None) -> bool:
@@ -171,7 +173,7 @@ class Index:
         segment = self._segment
         # Half way back before a graph is given up, so that a size about the limit does not swing between the two.
         limit = self._exact_limit // 2 if segment.graph else self._exact_limit
-        graph = len(segment) > limit and not faiss.get_num_gpus()
+        graph = len(segment) > limit and not GPU
         due = graph != segment.graph or segment.dead > max(CHUNK, segment.count // 4)
         if due and self._journal is None and not self._closed and time.monotonic() >= self._retry_at:
             self._journal = [segment.live()]
@@ -181,6 +183,8 @@ class Index:
                 name="index-rebuild",
                 daemon=True,
             )
+            # A daemon that is still inside faiss when the interpreter goes away would abort the process.
+            atexit.register(self.close)
             self._worker.start()
 
     def _rebuild(self, old: "_Segment", fresh: "_Segment") -> None:
@@ -193,6 +197,8 @@ class Index:
             with self._changes:
                 self._retry_at = time.monotonic() + RETRY_S
                 self._journal = None
+        finally:
+            atexit.unregister(self.close)
 
     def _take_over(self, old: "_Segment", fresh: "_Segment") -> bool:
         """Bring `fresh` up to the journal; True when it is in use, or will never be."""
@@ -200,8 +206,8 @@ class Index:
             journal = self._journal or []
             self._journal = []
             if self._closed or sum(len(ids) for ids, _ in journal) <= CHUNK:
+                self._apply(journal, old, fresh)
                 if not self._closed:
-                    self._apply(journal, old, fresh)
                     with self._lock.exclusive():
                         self._segment = fresh
                 self._journal = None
@@ -276,7 +282,7 @@ class _Segment:
         return vectors
 
     def search(self, query: Vectors, k: int) -> tuple[Ids, Vectors]:
-        most = min(self.count, max(k, WIDEST)) if self.graph else self.count
+        most = min(self.count, max(k, WIDEST)) if self.graph or GPU else self.count
         if most == 0:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         fetch = 2 * k if self.dead else k
@@ -293,7 +299,7 @@ class _Segment:
     def write(self, file: "_Summed") -> None:
         file.write(MAGIC + self.count.to_bytes(8, "little"))
         file.write(self._ids[: self.count].tobytes())
-        index = faiss.index_gpu_to_cpu(self._index) if faiss.get_num_gpus() and not self.graph else self._index
+        index = faiss.index_gpu_to_cpu(self._index) if GPU and not self.graph else self._index
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write, 1 << 20))  # type: ignore[attr-defined]
 
     @classmethod
@@ -394,7 +400,7 @@ def _empty_graph(dimension: int) -> Any:
 
 
 def _to_gpu(index: Any) -> Any:
-    if not faiss.get_num_gpus():
+    if not GPU:
         return index
     resources = faiss.StandardGpuResources()
     resources.setTempMemory(64 << 20)  # faiss would take 1.5 GiB from the model

@@ -1,5 +1,7 @@
 """cache/latent/index.py against a brute-force model."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -115,21 +117,58 @@ def test_an_empty_index_finds_nothing() -> None:
     assert ids.shape == similarities.shape == (0,)
 
 
-def test_a_search_wakes_no_team_of_threads_and_leaves_the_setting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_wakes_no_team_of_threads_and_no_other_thread_notices(monkeypatch: pytest.MonkeyPatch) -> None:
     index, model = filled(100, exact_limit=1000)
+    usual = faiss.omp_get_max_threads()
+    others: list[int] = []
     seen: list[int] = []
     search = index._segment._index.search
-    monkeypatch.setattr(
-        index._segment._index, "search", lambda *a: (seen.append(faiss.omp_get_max_threads()), search(*a))[1]
-    )
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(3)
+
+    def watched(*arguments: object) -> object:
+        seen.append(faiss.omp_get_max_threads())
+        other = threading.Thread(target=lambda: others.append(faiss.omp_get_max_threads()))
+        other.start()
+        other.join()
+        return search(*arguments)
+
+    monkeypatch.setattr(index._segment._index, "search", watched)
+    faiss.omp_set_num_threads(usual + 1)
     try:
         index.search(model[0], 1)
-        assert faiss.omp_get_max_threads() == 3
+        assert faiss.omp_get_max_threads() == usual + 1
     finally:
-        faiss.omp_set_num_threads(before)
+        faiss.omp_set_num_threads(usual)
     assert seen == [1]
+    assert others == [usual]
+
+
+def test_with_a_gpu_every_index_is_flat_and_lives_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The wiring only: stand-ins take the place of what faiss has for a GPU."""
+    moves: list[str] = []
+
+    class Resources:
+        def setTempMemory(self, size: int) -> None:  # noqa: N802
+            moves.append(f"scratch {size >> 20} MiB")
+
+    def to_gpu(resources: object, device: int, index: object) -> object:
+        moves.append(f"to {device}")
+        return index
+
+    def to_cpu(index: object) -> object:
+        moves.append("back")
+        return index
+
+    monkeypatch.setattr("cache.latent.index.GPU", True)
+    monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+    monkeypatch.setattr(faiss, "index_gpu_to_cpu", to_cpu, raising=False)
+    index, model = filled(300, exact_limit=100)
+    assert index.exact
+    assert recall(index, model, unit(10, 2)) == 1.0
+    index.save(tmp_path / "index")
+    assert moves == ["scratch 64 MiB", "to 0", "back"]
+    assert recall(Index.load(tmp_path / "index", 100), model, unit(10, 2)) == 1.0
+    assert moves[-1] == "to 0"
 
 
 @settings(max_examples=5, deadline=None)
@@ -259,6 +298,16 @@ def test_a_rebuild_that_fails_leaves_the_old_index_in_use(
     index.remove(np.array([0]))
     assert index.settle(30)
     assert not index.exact
+
+
+def test_a_process_that_ends_during_a_rebuild_ends_cleanly() -> None:
+    script = (
+        "import numpy as np; from cache.latent.index import Index; index = Index(64, exact_limit=1000);"
+        "index.add(np.arange(20_000), np.random.default_rng(0).standard_normal((20_000, 64), dtype=np.float32));"
+        "assert not index.settle(0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_a_closed_index_starts_no_rebuild() -> None:
