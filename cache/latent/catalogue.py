@@ -18,6 +18,7 @@ from cache.latent.eviction import Evictor
 from cache.latent.figures import Figures
 from cache.latent.index import Index
 from cache.latent.keys import Header, KeySpace
+from cache.latent.predictor import MatchPredictor
 
 Vector = NDArray[np.float32]
 _PURGES = 1000  # that a tenant's record remembers
@@ -40,6 +41,7 @@ class Space:
     tenant: Tenant
     key: KeySpace
     index: Index
+    predictor: MatchPredictor | None
     entries: dict[int, Entry] = field(default_factory=dict)
     by_prompt: dict[str, Entry] = field(default_factory=dict)
 
@@ -63,7 +65,7 @@ class Tenant:
 class Catalogue:
     """Looked up from any thread; changed by one at a time, which the caller sees to.
 
-    worth: what a level of a given alpha is worth to the evictor.
+    worth: what a level of a given alpha is worth to the evictor. predictor: makes one for a key space.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class Catalogue:
         evictor: Evictor[tuple[int, float]],
         worth: Callable[[float], float],
         ttl_s: Mapping[str, float],
+        predictor: Callable[[], MatchPredictor | None],
     ) -> None:
         self._evictor = evictor
         self._evictor_lock = threading.Lock()  # lookups report hits while others change it
         self._worth = worth
         self._ttl_s = ttl_s
+        self._predictor = predictor
         self._tenants: dict[str, Tenant] = {}
         self._entries: dict[int, Entry] = {}
 
@@ -88,14 +92,14 @@ class Catalogue:
 
     # -- reading: any thread
 
-    def nearest(self, key: KeySpace, embedding: Vector, k: int, now: float) -> list[tuple[Entry, float]]:
-        """The k entries of this key space most similar to embedding [D], best first; expired ones left out."""
-        tenant = self.tenant(key.tenant)
-        space = tenant.spaces.get((key, len(embedding)))
-        if space is None:
-            return []
+    def space(self, key: KeySpace, width: int) -> Space | None:
+        """The entries of a key space whose embeddings have this width; None: there are none."""
+        return self.tenant(key.tenant).spaces.get((key, width))
+
+    def nearest(self, space: Space, embedding: Vector, k: int, now: float) -> list[tuple[Entry, float]]:
+        """The k entries of a key space most similar to embedding [D], best first; expired ones left out."""
         ids, similarities = space.index.search(embedding, k)
-        oldest = -np.inf if tenant.ttl_s is None else now - tenant.ttl_s
+        oldest = -np.inf if space.tenant.ttl_s is None else now - space.tenant.ttl_s
         found = []
         for id, similarity in zip(ids.tolist(), similarities.tolist(), strict=True):
             entry = space.entries.get(id)
@@ -130,7 +134,7 @@ class Catalogue:
             if self.tenant(header.space.tenant).has_purged(header):
                 gone.append((header.id, None))
                 continue
-            space = self._space(header.space, len(header.embedding))
+            space = self._space_for(header.space, len(header.embedding))
             older = space.by_prompt.get(header.prompt)
             # Servers that share a store have to agree on which of two goes, hence the id.
             if older is not None and (older.created, older.id) > (header.created, header.id):
@@ -207,11 +211,11 @@ class Catalogue:
             self._drop(entry)
         return [(entry.id, None) for entry in doomed]
 
-    def _space(self, key: KeySpace, width: int) -> Space:
+    def _space_for(self, key: KeySpace, width: int) -> Space:
         tenant = self.tenant(key.tenant)
         space = tenant.spaces.get((key, width))
         if space is None:
-            space = tenant.spaces[key, width] = Space(tenant, key, Index(width))
+            space = tenant.spaces[key, width] = Space(tenant, key, Index(width), self._predictor())
         return space
 
     def _enter(self, header: Header, space: Space) -> Entry:

@@ -19,11 +19,12 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.latent.catalogue import Catalogue, Entry, Gone, Tenant, Vector
+from cache.latent.catalogue import Catalogue, Entry, Gone, Space, Tenant, Vector
 from cache.latent.eviction import EVICTORS, Evictor
 from cache.latent.figures import Stats
 from cache.latent.keys import Header, KeySpace, random_id
 from cache.latent.policy import Policy
+from cache.latent.predictor import MatchPredictor
 from cache.latent.store import SharedStore, Store, StoreError, StoreFullError
 from cache.latent.writer import Insert, Writer
 
@@ -85,6 +86,7 @@ class LatentCache:
     ttl_s: tenant -> seconds that its entries live; tenants that are not in it keep theirs until they are evicted.
     clock: seconds since the epoch.
     seed: what chance depends on besides each lookup's own seed; None: secret, so that no client can tell the choice.
+    predictor: makes a MatchPredictor for a key space; without one, no lookup is skipped.
     progress: called now and then with the number of entries entered while the catalogue is built from the store.
     """
 
@@ -101,6 +103,7 @@ class LatentCache:
         ttl_s: Mapping[str, float] | None = None,
         clock: Callable[[], float] = time.time,
         seed: int | None = None,
+        predictor: Callable[[], MatchPredictor | None] = lambda: None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.policy = policy
@@ -115,7 +118,7 @@ class LatentCache:
         self._closed = False
         self._changing = threading.Lock()  # held while the catalogue is changed, never while the store is at work
         levels = cast(Evictor[tuple[int, float]], EVICTORS[evictor]())
-        self._catalogue = Catalogue(levels, policy.steps, ttl_s or {})
+        self._catalogue = Catalogue(levels, policy.steps, ttl_s or {}, predictor)
         self._writer = Writer(self._write, self._forget, self._keep_up, self._faults.report, queue)
         # A store that several servers use tells what the others do.
         self._shared = cast(SharedStore, store) if hasattr(store, "changes") else None
@@ -143,8 +146,15 @@ class LatentCache:
         if self._closed or time.monotonic() < self._store_rests_until:
             figures.count("error", count)
             return [None] * count
+        held = self._catalogue.space(space, len(embedding))
+        if held is None:
+            figures.count("miss", count)
+            return [None] * count
+        if held.predictor is not None and not held.predictor.may_match(embedding):
+            figures.count("skipped", count)
+            return [None] * count
         try:
-            found = self._fetch(self._options(space, embedding, family, rows, rng_seed), count)
+            found = self._fetch(self._options(held, embedding, family, rows, rng_seed), count)
         except StoreError as error:
             self._faults.report(error)
             self._store_rests_until = time.monotonic() + _RETRY_S
@@ -153,6 +163,8 @@ class LatentCache:
         if not found:
             figures.count("miss", count)
             return [None] * count
+        if held.predictor is not None:
+            held.predictor.matched(embedding)
         starts = [found[picture % len(found)] for picture in range(count)]
         for start in starts:
             self._catalogue.hit(start.id, start.alpha)
@@ -160,7 +172,7 @@ class LatentCache:
         return list(starts)
 
     def _options(
-        self, space: KeySpace, embedding: Vector, family: str, rows: Sequence[float], rng_seed: int
+        self, space: Space, embedding: Vector, family: str, rows: Sequence[float], rng_seed: int
     ) -> list[_Option]:
         """What may be started from, the best first: most rows saved, then most similar, near-equal ones shuffled."""
         options = []

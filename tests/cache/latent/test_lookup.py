@@ -12,6 +12,7 @@ import pytest
 from cache.latent.keys import Header, KeySpace
 from cache.latent.lookup import LatentCache
 from cache.latent.policy import nirvana
+from cache.latent.predictor import MatchPredictor
 from cache.latent.store import Change, Changes, Latent, MemoryStore, StoreError
 
 WIDTH = 16
@@ -560,3 +561,33 @@ def test_levels_that_another_server_evicted_are_not_asked_for(open_cache: Open) 
     assert found is not None
     assert found.alpha == 0.4
     assert cache.stats("alice").counts["lost"] == 0
+
+
+class OnlyRed(MatchPredictor):
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[bool] = []
+
+    def may_match(self, embedding: Any) -> bool:
+        return bool(embedding @ unit(0) > 0.5)
+
+    def matched(self, embedding: Any) -> None:
+        self.told.append(self.may_match(embedding))
+
+
+def test_what_the_predictor_rules_out_is_not_looked_up(open_cache: Open) -> None:
+    predictors: dict[str, OnlyRed] = {}
+
+    def build() -> MatchPredictor:
+        return predictors.setdefault(f"space {len(predictors)}", OnlyRed())
+
+    cache = open_cache(predictor=build)
+    bob = dataclasses.replace(SPACE, tenant="bob")
+    put(cache, "a red circle", unit(0))
+    put(cache, "a blue circle", unit(1))
+    put(cache, "a red circle", unit(0), space=bob)
+    assert cache.find(SPACE, unit(0), "solver", ROWS, 1, 0) != [None]
+    assert cache.find(SPACE, unit(1), "solver", ROWS, 2, 0) == [None, None]
+    counts = cache.stats("alice").counts
+    assert (counts["hit"], counts["miss"], counts["skipped"]) == (1, 0, 2)
+    assert [predictor.told for predictor in predictors.values()] == [[True], []]
