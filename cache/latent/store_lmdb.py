@@ -334,14 +334,16 @@ class LmdbStore:
         return self._environment
 
     def _opened_anew(self) -> lmdb.Environment:
-        size = self._budget + self._budget // 16 + (8 << 20)
+        file = self._folder / "data.mdb"
+        # Removing takes pages too, before it frees any: room for that above the budget, and above a file beyond it.
+        size = max(self._budget, file.stat().st_size if file.exists() else 0) + self._budget // 16 + (8 << 20)
         size -= size % _PAGE
         try:
             return lmdb.open(str(self._folder), map_size=size, max_dbs=2, readahead=False)
         except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError):
             # The file itself is no database: kept aside, never deleted, and begun anew.
             self.damaged += 1
-            os.replace(self._folder / "data.mdb", self._folder / "data.mdb.damaged")
+            file.replace(self._folder / "data.mdb.damaged")
             return lmdb.open(str(self._folder), map_size=size, max_dbs=2, readahead=False)
 
     def _own(self) -> None:
