@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from accel.samplers.library import SAMPLERS, build_plan
+from accel.samplers.library import SAMPLERS, build_plan, entry_row
 from accel.samplers.plans import Plan
 from cache.latent.keys import KeySpace, guidance_bucket
 from models.diffusion.model import DiffusionModel
@@ -42,12 +42,13 @@ class CacheStarts:
         return [each and Start(each.latent, each.alpha, each.similarity) for each in found]
 
     def marks(self, request: ImageRequest, plan: Plan) -> list[int]:
-        """Every inner row of a short plan; of a longer one, those nearest to the levels of KEPT."""
-        inner = range(1, len(plan))
+        """Every inner row of a short plan; of a longer one, those at the levels of KEPT, or just before them.
+
+        Before, because a policy's bins end at these levels: a latent just past one would count as the next deeper.
+        """
         if len(plan) <= FEW_STEPS:
-            return list(inner)
-        nearest = [min(inner, key=lambda row: abs(plan.rows[row].alpha - level)) for level in self._levels]
-        return sorted(set(nearest))
+            return list(range(1, len(plan)))
+        return sorted({entry_row(plan.rows, level) for level in self._levels} - {0})
 
     def keep(self, request: ImageRequest, latents: Mapping[float, np.ndarray]) -> None:
         self._cache.insert(self._space(request), request.prompt, _embedding(_intent(request)), latents)
