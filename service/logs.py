@@ -12,7 +12,7 @@ from service.config import LogSettings
 
 # They install handlers of their own and stop their records from reaching the root logger.
 LIBRARIES = ("diffusers", "huggingface_hub", "transformers", "uvicorn", "uvicorn.error", "uvicorn.access")
-QUIET = ("httpx", "httpcore", "huggingface_hub", "PIL", "asyncio", "urllib3", "uvicorn", "uvicorn.error")
+QUIET = ("httpx", "httpcore", "huggingface_hub", "faiss", "PIL", "asyncio", "urllib3", "uvicorn", "uvicorn.error")
 
 
 def setup(settings: LogSettings) -> None:

@@ -78,7 +78,7 @@ def cache_facts(image: Image) -> dict[str, Any]:
     """What a reply says of the cache's part in a picture; never whose prompt it started from, nor which."""
     return {
         "result": image.cache_result,
-        "similarity": image.similarity,
+        "similarity": None if image.similarity is None else round(min(image.similarity, 1.0), 4),
         "steps_skipped": image.steps_skipped,
         "steps_run": image.steps_run,
     }

@@ -84,7 +84,7 @@ def _headers(job: Job, picture: Picture, completed: Completed) -> dict[str, str]
         "Total-Seconds": f"{job.timings(completed)['total_s']:.3f}",
     }
     if picture.image.similarity is not None:
-        facts["Similarity"] = f"{picture.image.similarity:.4f}"
+        facts["Similarity"] = cache_facts(picture.image)["similarity"]
     if completed.warnings:
         facts["Warning"] = "; ".join(completed.warnings)
     return {f"X-Headstart-{name}": str(value) for name, value in facts.items()}
