@@ -12,6 +12,7 @@ One process at a time uses a folder; servers that share latents use Redis.
 from __future__ import annotations
 
 import fcntl
+import math
 import mmap
 import os
 import struct
@@ -159,11 +160,13 @@ class LmdbStore:
             self._raise_fault()
 
     def close(self) -> None:
-        """Writes what waits and gives the folder up. What a fault keeps from being written is lost."""
+        """Writes what waits, for 5 s at most, and gives the folder up. What a fault keeps from being written is lost."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(_SLOW_DISK_S)
+        if self._thread.is_alive():
+            return  # the disk hangs: the folder is this process's to its end
         with self._mapped:
             self._close()
             if self._owner is not None:
@@ -378,5 +381,10 @@ def _stored_bytes(key_length: int, length: int) -> int:
     """What LMDB takes for a record: whole pages for a long one, and its node in the tree."""
     node = key_length + 10  # 8 bytes of head, 2 of index
     if key_length + length <= _LEAF_NODE:
-        return node + length
-    return node + 8 + (_PAGE_HEAD + length + _PAGE - 1) // _PAGE * _PAGE
+        return _in_tree(node + length)
+    return _in_tree(node + 8) + (_PAGE_HEAD + length + _PAGE - 1) // _PAGE * _PAGE
+
+
+def _in_tree(node: int) -> int:
+    """Pages of a B-tree whose keys come in random order are ln 2 full on average (Yao, 1978)."""
+    return round(node / math.log(2))

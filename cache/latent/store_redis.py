@@ -199,10 +199,10 @@ class RedisStore:
         if after is None:
             return Changes(self._now(), (), True)
         with _Faults():
-            pipeline = self._redis.pipeline()
-            pipeline.xrange(log, after, after)
+            pipeline = self._redis.pipeline(transaction=False)
             pipeline.xrange(log, f"({after}", count=_EVENTS)
-            mark, found = pipeline.execute()
+            pipeline.xrange(log, after, after)
+            found, mark = pipeline.execute()
         if not mark:  # the log was cut after it, or is another one
             return Changes(self._now(), (), False)
         events = [(cursor.decode(), *fields[b"e"].decode().split(" ")) for cursor, fields in found]
@@ -235,7 +235,7 @@ class RedisStore:
         if not ids:
             return {}
         with _Faults():
-            pipeline = self._redis.pipeline()
+            pipeline = self._redis.pipeline(transaction=False)  # a transaction is refused when memory is full
             pipeline.hmget(self._prefix + "levels", ids)
             pipeline.mget([self._header_key(id) for id in ids])
             levels, records = pipeline.execute()
