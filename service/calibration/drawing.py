@@ -11,7 +11,7 @@ from accel.samplers.library import build_plan
 from accel.samplers.noise import INITIAL_ROW, gaussian
 from accel.samplers.plans import Plan
 from models.diffusion.model import Condition, DiffusionModel
-from models.scorer import Scorer
+from models.scorer import Reading, Scorer
 from service.errors import NonFiniteError
 from service.evaluation.prompts import Record
 
@@ -106,18 +106,28 @@ class Drawing:
 def judged(
     model: DiffusionModel, scorer: Scorer, latents: torch.Tensor, records: Sequence[Record]
 ) -> dict[str, list[float | None]]:
-    """What the scorer says of pictures of latents [N, C, h, w]: N values a metric, None where a record is silent."""
+    """`verdicts_of` the pictures of latents [N, C, h, w]."""
     found: dict[str, list[float | None]] = {}
-    some = [{"concept": scorer.vocabulary.names[0], "count": 1, "colour": None, "size": None}]
     for at in range(0, len(records), DECODED_AT_ONCE):
-        part = records[at : at + DECODED_AT_ONCE]
         pictures = model.decode(latents[at : at + DECODED_AT_ONCE]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        reading = scorer.read(pictures)
-        # The scorer wants an object. Where a record names none, it gets one, and nobody asks what it says of it.
-        asked = scorer.judge(reading, [record | {"objects": record["objects"] or some} for record in part])
-        for metric, values in asked.items():
-            told = [metric == "score" or record["objects"] is not None for record in part]
-            found.setdefault(metric, []).extend(
-                float(value) if value is not None and says else None for value, says in zip(values, told, strict=True)
-            )
+        verdicts = verdicts_of(scorer, scorer.read(pictures), records[at : at + DECODED_AT_ONCE])
+        for metric, values in verdicts.items():
+            found.setdefault(metric, []).extend(values)
     return found
+
+
+def verdicts_of(scorer: Scorer, reading: Reading, records: Sequence[Record]) -> dict[str, list[float | None]]:
+    """What the scorer says of N pictures: N values a metric, 1 for right, 0 for wrong; None where a record is silent.
+
+    A record that names no object has a score alone.
+    """
+    # The scorer wants an object. Where a record names none, it gets one, and nobody asks what it says of it.
+    some = [{"concept": scorer.vocabulary.names[0], "count": 1, "colour": None, "size": None}]
+    verdicts = scorer.judge(reading, [record | {"objects": record["objects"] or some} for record in records])
+    return {
+        metric: [
+            float(value) if value is not None and (metric == "score" or record["objects"]) else None
+            for value, record in zip(values, records, strict=True)
+        ]
+        for metric, values in verdicts.items()
+    }
