@@ -160,7 +160,7 @@ class LmdbStore:
             self._raise_fault()
 
     def close(self) -> None:
-        """Writes what waits, for 5 s at most, and gives the folder up. What a fault keeps from being written is lost."""
+        """Writes what waits, for 5 s at most, and gives the folder up. What a fault keeps from the disk is lost."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
