@@ -211,6 +211,12 @@ class Catalogue:
             self._drop(entry)
         return [(entry.id, None) for entry in doomed]
 
+    def close(self) -> None:
+        """Ends what its indexes do in the background."""
+        for tenant in self.tenants():
+            for space in list(tenant.spaces.values()):
+                space.index.close()
+
     def _space_for(self, key: KeySpace, width: int) -> Space:
         tenant = self.tenant(key.tenant)
         space = tenant.spaces.get((key, width))

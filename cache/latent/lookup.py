@@ -373,6 +373,7 @@ class LatentCache:
         """Writes what waits and closes the store; False if the store did not answer in time, and was left open."""
         self._closed = True
         finished = self._writer.close(timeout_s)
+        self._catalogue.close()
         if finished:
             self._store.close()
         return finished
