@@ -1,7 +1,8 @@
 """Nearest embeddings by inner product: exact while there are few, an HNSW graph past a set size.
 
 Memory per entry of width D: 4·D bytes while exact; 2·D (float16) plus about 8·M + 20 bytes of graph after that; and
-about 150 bytes for ids and rows in both.
+about 150 bytes for ids and rows in both. Tombstones take as much as entries, and during a rebuild the old index and the
+fresh one are both in memory.
 
 Removed rows stay in the graph as tombstones: a search asks for more than it needs and drops them. When a quarter of all
 rows are tombstones, or when the kind no longer fits the size, a background thread builds a fresh index from the live
