@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 _ALPHA_TOLERANCE = 1e-6  # lets an alpha that went through float32 enter at the row that it came from
 _BATCH = 1024  # headers entered at a time when the catalogue is built
 _RETRY_S = 1.0  # for which lookups leave a store alone that has failed
-_FOLLOW_S = 0.25  # between two looks at what other servers did
+_LOOK_S = 0.25  # between two looks at what the store takes, and at what other servers did
 _LOG_EVERY_S = 60.0
 _PURGE_WAIT_S = 5.0
 
@@ -123,7 +123,7 @@ class LatentCache:
         # A store that several servers use tells what the others do.
         self._shared = cast(SharedStore, store) if hasattr(store, "changes") else None
         self._cursor: str | None = None
-        self._follows_at = 0.0
+        self._looks_at = 0.0
         self._loaded = False
         try:
             self._load(progress)
@@ -286,9 +286,11 @@ class LatentCache:
     def _keep_up(self) -> None:
         if not self._loaded:
             self._load(None)
-        elif self._shared is not None and time.monotonic() >= self._follows_at:
-            self._follows_at = time.monotonic() + _FOLLOW_S
-            self._follow(self._shared)
+        elif time.monotonic() >= self._looks_at:
+            self._looks_at = time.monotonic() + _LOOK_S
+            if self._shared is not None:
+                self._follow(self._shared)
+            self._make_room(0)  # what was written may have turned out larger than it was taken for
         with self._changing:
             gone = self._catalogue.expire(self._clock())
         self._erase(gone)
