@@ -34,7 +34,7 @@ Journal: TypeAlias = list[tuple[Ids, Rows | None]]  # added with the rows that t
 # Chosen with bench/cache_lookup.py for a million vectors of width 256 on two cores.
 NEIGHBOURS = 16  # M: links of a vector on every upper level of the graph, twice as many on the lowest
 BUILD_BEAM = 64  # efConstruction
-SEARCH_BEAM = 128  # efSearch
+SEARCH_BEAM = 256  # efSearch
 
 CHUNK = 8  # rows added in one go to a graph in use: a search waits at most for these
 FLAT_CHUNK = 1024  # the same without a graph
