@@ -44,13 +44,14 @@ READY_WITHIN_S = 60.0  # a bound against hanging; bench/start.py measures
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`headstart serve` in a process of its own, ready."""
+    folder = str(tmp_path_factory.mktemp("latents"))
     with subprocess.Popen(
         [sys.executable, "-m", "service", "serve", "--port", "0"],
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "HEADSTART_CACHE_FOLDER": folder},
     ) as server:
         assert server.stderr is not None
         found = next((m for line in server.stderr if (m := re.search(r"http://\S+:\d+", line))), None)

@@ -73,7 +73,10 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
     assert min(seconds) < 0.3
 
 
-@pytest.mark.parametrize("command", [["serve"], ["generate"], ["eval"], ["models"], ["models", "pull"], ["show"]])
+@pytest.mark.parametrize(
+    "command",
+    [["serve"], ["generate"], ["eval"], ["models"], ["models", "pull"], ["cache"], ["cache", "warm"], ["show"]],
+)
 def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])
@@ -97,6 +100,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate"], "PROMPT"),
         (["generate", "a", "--steps", "many"], "--steps: invalid int value: 'many'"),
         (["show"], "FILE"),
+        (["cache", "warm"], "FILE"),
+        (["generate", "a", "--cache", "no"], "--cache: invalid choice: 'no'"),
     ],
 )
 def test_usage_errors(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,6 +132,11 @@ def test_usage_errors(arguments: list[str], told: str, capsys: pytest.CaptureFix
         (["generate", "a", "--model", "/missing/model"], "/missing/model"),
         (["show", "/missing.png"], "/missing.png: cannot be read: No such file or directory"),
         (["models", "pull", "nothing"], "'nothing'"),
+        (["serve", "--cache-budget", "lots"], "--cache-budget: 'lots' is not allowed; bytes, such as"),
+        (["cache", "stats", "--model", "/missing/model"], "/missing/model"),
+        (["cache", "stats", "--url", "localhost:8000"], "--url: 'localhost:8000' is not allowed; http://HOST:PORT"),
+        (["cache", "purge", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1: cannot be asked: [Errno 111]"),
+        (["cache", "warm", "/missing.txt"], "/missing.txt: cannot be read: No such file or directory"),
         (["models", "verify", "nothing"], "'nothing'"),
     ],
 )
@@ -271,6 +281,7 @@ def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "service", "serve", "--model", str(folder), "--device", "cpu", "--port", str(port)]
+    command += ["--cache", "off"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         yield process, f"http://127.0.0.1:{port}"
         process.kill()
