@@ -54,6 +54,18 @@ examples:
   headstart cache stats --url http://127.0.0.1:8000
   headstart cache purge --prompt "a red fox"
   headstart cache warm prompts.txt --sampler ddim --steps 50
+  headstart cache calibrate --model ./my-sd15 --out policy.json
+"""
+CALIBRATE_HELP = """\
+Draws pairs of prompts, the second from the latents of the first at each of several steps, judges the
+pictures with the scorer that comes with the model (with the default model's where it has none), and
+allows each similarity the deepest step that keeps --alpha of the quality of pictures from scratch.
+Each pair takes about 300 network steps of DDIM: on a CPU, fewer --pairs and patience.
+
+examples:
+  headstart cache calibrate --pairs 200
+  headstart cache calibrate --model ./my-sd15 --prompts mine.txt --out my-policy.json
+  headstart serve --model ./my-sd15 --cache-policy my-policy.json
 """
 EVAL_HELP = """\
 Draws prompts in this process, judges the pictures with the scorer that comes with the model (with the
@@ -246,6 +258,25 @@ def _add_cache(subparsers: Any) -> None:
             if option.flag == "--api-key":
                 _add_option(server, option)
         action.set_defaults(run=run)
+    _add_calibrate(actions)
+
+
+def _add_calibrate(actions: Any) -> None:
+    help = "measure which similarity allows what, and write the policy that --cache-policy reads"
+    parser = _described(actions.add_parser("calibrate", help=help), CALIBRATE_HELP)
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="default: the bundle's eval/held-out.jsonl")
+    parser.add_argument(
+        "--alpha", type=float, default=0.97, help="quality to keep, relative to from scratch; default: %(default)s"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=50, metavar="N", help="of prompts, for each bin of similarity; default: 50"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of pairs; default: 0")
+    parser.add_argument("--out", type=Path, default=Path("policy.json"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    unused = ("--lora", "--max-waiting", "--ageing-s", "--max-running", "--max-pixels")
+    _add_settings(parser, ("model", "engine", "log"), but=unused)
+    parser.set_defaults(run=commands.cache_calibrate)
 
 
 def _add_warm(parser: argparse.ArgumentParser) -> None:

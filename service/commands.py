@@ -71,6 +71,14 @@ def cache_warm(chosen: argparse.Namespace) -> int:
     return _answer(chosen, cache_commands.warm(chosen, _cache_settings(chosen)))
 
 
+def cache_calibrate(chosen: argparse.Namespace) -> int:
+    from service.calibration import command
+
+    _, table = command.run(chosen, _cache_settings(chosen))
+    print(table)
+    return 0
+
+
 def _cache_settings(chosen: argparse.Namespace) -> Settings:
     from service import logs
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cache.latent.policy import Bins, Policy
+from cache.latent.policy import STEPS, Bins, Policy
 from models.diffusion.model import DiffusionModel
 from models.scorer import Scorer
 from service.calibration.drawing import Drawing
@@ -62,8 +62,7 @@ def calibrate(
             verdicts = measure(drawing, model, scorer, pairs, family.rows)
             qualities = quality(verdicts, places)
             bins[family.name] = fit(EDGES, qualities, alphas, target)
-            if family.name == "solver":
-                levels = alphas
+            levels = levels or {round(STEPS * row / family.steps): alpha for row, alpha in alphas.items()}
             figures[family.name] = {
                 "sampler": family.sampler,
                 "steps": family.steps,

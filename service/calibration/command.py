@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cache.latent.policy import Policy
 from service.config import Settings, version
 from service.errors import SetupError
-from service.evaluation.material import open_material
+from service.evaluation.material import SCORER, Material, open_material
 from service.evaluation.prompts import TWINS
 from service.oneshot import say
+
+if TYPE_CHECKING:
+    from service.calibration.pairs import Embed
 
 
 def run(chosen: argparse.Namespace, settings: Settings) -> tuple[Policy, str]:
@@ -43,18 +47,20 @@ def run(chosen: argparse.Namespace, settings: Settings) -> tuple[Policy, str]:
         device=settings.model.device,
         cache_dir=settings.model.cache_dir,
     )
+    card = model.card
+    if card.max_prompt_tokens is None:
+        raise SetupError(f"--model: {card.name} takes no prompts, and without them nothing is similar")
     policy = calibrate(
         model,
         material.scorer,
-        lambda prompts: material.scorer.embed_text(prompts).cpu().numpy(),
+        _embed(Path(card.source), material),
         records,
         target=chosen.alpha,
         per_bin=chosen.pairs,
         seed=chosen.seed,
-        batch=settings.engine.max_batch,
+        batch=max(1, settings.engine.max_batch // 2),  # guided pictures take two network rows
         quiet=chosen.quiet,
     )
-    card = model.card
     policy = replace(
         policy,
         figures={
@@ -71,6 +77,15 @@ def run(chosen: argparse.Namespace, settings: Settings) -> tuple[Policy, str]:
     except OSError as error:
         raise SetupError(f"--out: {chosen.out} cannot be written: {error.strerror}") from None
     return policy, f"{table(policy)}\n\nwritten to {chosen.out}"
+
+
+def _embed(folder: Path, material: Material) -> Embed:
+    """As a server's cache embeds the prompts of the model in `folder`: by a scorer only if it is the model's own."""
+    if (folder / SCORER).is_dir():
+        return lambda prompts: material.scorer.embed_text(prompts).cpu().numpy()
+    from models.scorer.embedder import load_embedder
+
+    return load_embedder(None, material.home / "text_encoder", material.home / "tokenizer").embed
 
 
 def table(policy: Policy) -> str:

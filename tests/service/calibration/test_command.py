@@ -13,6 +13,7 @@ from models.diffusion.loading import load_model
 from service.calibration import calibrate, measuring
 from service.calibration.command import run
 from service.calibration.drawing import Drawing
+from service.cli import main
 from service.config import EngineSettings, ModelSettings, Settings
 from service.errors import SetupError
 from tests.service.evaluation.test_command import home  # noqa: F401
@@ -56,6 +57,16 @@ def test_a_late_start_is_the_rest_of_the_same_picture(home: Path) -> None:  # no
     late = drawing.run(records, whole[2], 2)
     assert late[3].equal(whole[3])
     assert drawing.run(records, drawing.noise(records), 0, until=2)[2].equal(whole[2])
+
+
+def test_the_command_prints_the_table(
+    home: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--model", str(home), "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "policy.json")]
+    assert main(["cache", "calibrate", *arguments, "--pairs", "1", "--quiet"]) == 0
+    assert capsys.readouterr().out.endswith(f"written to {tmp_path / 'policy.json'}\n")
 
 
 @pytest.mark.parametrize(
