@@ -275,6 +275,14 @@ def test_a_cache_in_trouble_costs_hits_only_and_heals(
     assert [record for record in caplog.records if "Not a directory" in record.getMessage()]
 
 
+def test_redis_that_is_not_there(model: Path, tmp_path: Path) -> None:
+    with serving_cached(model, tmp_path, redis_url="redis://127.0.0.1:1/0") as url, client_of(url) as client:
+        assert [draw(client, RED) for _ in range(2)] == [MISS] * 2
+        assert "headstart_cache_errors_total 0.0" not in client.get("/metrics").text
+        assert client.delete("/cache").json()["purged"] == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_prompt_that_cannot_be_embedded_is_drawn(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
