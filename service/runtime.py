@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from models.diffusion.loading import load_model
@@ -19,16 +19,28 @@ from service.diffusion.starts import Starts
 from service.errors import InputError
 from service.latents import Latents
 
+SETTLE_S = 2.0  # for latents on their way to the cache, when it closes
+
 
 class Runtime:
-    """Takes drafts and draws them, once `bridge` has been started. latents: None where there is no cache."""
+    """Takes drafts and draws them, once `bridge` has been started.
+
+    latents: None where there is no cache.
+    settle: waits, so many seconds at most, until the latents of completed requests are with the cache.
+    """
 
     def __init__(
-        self, card: ModelCard, bridge: Bridge[ImageRequest], limits: EngineSettings, latents: Latents | None = None
+        self,
+        card: ModelCard,
+        bridge: Bridge[ImageRequest],
+        limits: EngineSettings,
+        latents: Latents | None = None,
+        settle: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
         self.card = card
         self.bridge = bridge
         self.latents = latents
+        self._settle = settle
         self._limits = limits
 
     def resolve(self, draft: Draft, names: Mapping[str, str]) -> ImageRequest:
@@ -61,6 +73,7 @@ class Runtime:
         """Let live requests finish for `grace_s` seconds, cancel the rest, and write what is still to be cached."""
         await self.bridge.close(grace_s)
         if self.latents is not None:
+            await asyncio.to_thread(self._settle, SETTLE_S)
             await asyncio.to_thread(self.latents.close)
 
     async def warm_up(self) -> None:
@@ -116,4 +129,4 @@ def _open(settings: Settings, cached: bool) -> tuple[Runtime, DiffusionEngine]:
         latents, starts = open_latents(settings, model) or (None, None)
     engine = DiffusionEngine(model, settings.engine, starts=starts)
     bridge: Bridge[ImageRequest] = Bridge(engine, settings.engine)
-    return Runtime(model.card, bridge, settings.engine, latents), engine
+    return Runtime(model.card, bridge, settings.engine, latents, engine.settle), engine

@@ -353,7 +353,7 @@ class LmdbStore:
         """Locks the folder for this process; the lock ends with it, however it ends."""
         if self._owner is not None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # prompts lie in it
         owner = os.open(self._folder / "owner", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -108,6 +108,11 @@ class DiffusionEngine:
     def has_work(self) -> bool:
         return bool(self._scheduler.jobs or self._events)
 
+    def settle(self, timeout_s: float) -> None:
+        """Wait, at most so long, until the latents of completed requests are with the cache. From any thread."""
+        if self._starts is not None:
+            self._starts.settle(timeout_s)
+
     def fail_all(self, error: HeadstartError) -> list[Event]:
         """End every live request with this error."""
         for job in list(self._scheduler.jobs.values()):

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -109,6 +109,10 @@ class GuardedStarts:
             self._fault(f"{BACKLOG} requests wait to be kept: one is dropped")
         else:
             self._keeping.append(self._pool.submit(self._keep, request, latents))
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait until what was handed over is kept, at most so long."""
+        wait(self._keeping, timeout_s)
 
     def _find(self, wanted: Wanted) -> list[Start | None]:
         request, plan, shape = wanted

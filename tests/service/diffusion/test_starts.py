@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -353,3 +354,21 @@ def test_a_cache_that_hangs_holds_no_request_up(monkeypatch: pytest.MonkeyPatch)
     assert images(drain(engine))["after", 0].cache_result == "hit"  # it has healed
     engine._starts._pool.shutdown()
     assert shelf.kept.keys() == {"late", "b", "c"}
+
+
+class Slow(Shelf):
+    """A Starts that takes its time to keep."""
+
+    def keep(self, request: ImageRequest, latents: Mapping[float, np.ndarray]) -> None:
+        time.sleep(0.2)
+        super().keep(request, latents)
+
+
+def test_settling_waits_for_what_was_handed_over() -> None:
+    shelf = Slow({}, rows=(1,))
+    engine = DiffusionEngine(ToyModel(), settings(), starts=shelf)
+    engine.add(cached("a"))
+    drain(engine)
+    assert not shelf.kept
+    engine.settle(5.0)
+    assert shelf.kept.keys() == {"a"}
