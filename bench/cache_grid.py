@@ -17,7 +17,7 @@ from PIL import Image as PillowImage
 from PIL import ImageDraw
 
 from models.diffusion.loading import load_model
-from service.calibration.drawing import DECODED_AT_ONCE, Drawing, verdicts_of
+from service.calibration.drawing import DECODED_AT_ONCE, Drawing
 from service.calibration.measuring import families
 from service.config import ModelSettings
 from service.evaluation.material import open_material
@@ -56,7 +56,7 @@ def main() -> None:
     rows = sorted({round(row * steps / family.steps) for row in family.rows})
     drawing = Drawing(model, options.sampler, steps, options.batch)
     firsts, seconds = (
-        [{"prompt": pair[side], "seed": seed, "objects": None} for pair in PAIRS[: options.pairs]]
+        [{"prompt": pair[side], "seed": seed} for pair in PAIRS[: options.pairs]]
         for side, seed in ((0, SEED), (1, SECOND_SEED))
     )
     latents = drawing.run(firsts, drawing.noise(firsts), 0, keep=rows)
@@ -69,7 +69,8 @@ def main() -> None:
         pictures[name] = torch.cat([model.decode(part) for part in drawn.split(DECODED_AT_ONCE)]).cpu()
         asked = firsts if name == "source" else seconds
         reading = scorer.read(pictures[name].permute(0, 3, 1, 2).float() / 127.5 - 1)
-        scores[name] = verdicts_of(scorer, reading, asked)["score"]
+        words = scorer.embed_text([record["prompt"] for record in asked])
+        scores[name] = (reading.embedding * words).sum(1).tolist()
     print("| source | target | similarity | " + " | ".join(columns) + " |\n|" + " --- |" * (3 + len(columns)))
     for pair, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
         cells = [f"{scores[name][pair]:.2f}" for name in columns]
@@ -94,3 +95,7 @@ def sheet(pictures: dict[str, torch.Tensor], prompts: list[tuple[str, str]], cos
         line = f"{source}  ->  {target}   (similarity {cosine:.2f})"
         words.text((4, CAPTION + row * (high + CAPTION) + 10), line, fill="black")
     return canvas
+
+
+if __name__ == "__main__":
+    main()

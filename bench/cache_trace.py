@@ -10,9 +10,10 @@ in memory. Each pass draws the same requests with the same seeds:
 - the calibrated policy against NIRVANA's thresholds and against one K for every similarity from 0.65 on;
 - DPM++ and LCM that look into what DDIM left, where their guidance is DDIM's too.
 
-Scores and shares are of the scorer; the Frechet distance, in its features, is that to the pictures drawn with the cache
-off, left out where they are fewer than the features. Eviction and the match predictor are compared by decisions alone,
-on a longer stream: the same lookups and inserts, nothing drawn.
+Without --full, the first of these alone. Scores and shares are of the scorer; the Frechet distance, in its features, is
+that to the pictures drawn with the cache off, left out where they are fewer than the features. Eviction policies are
+compared by decisions alone, on a longer stream: the same lookups and inserts, nothing drawn. The match predictor has
+bench/cache_predictor.py.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from service.diffusion.engine import DiffusionEngine
 from service.diffusion.request import CacheIntent, Completed, Draft, Failed, Image, ImageRequest
 from service.evaluation.material import open_material
 from service.evaluation.prompts import TWINS
+from service.opening import POLICY
 
 PLENTY = 10**12  # bytes: nothing is evicted
 TENANT = "default"
@@ -290,8 +292,10 @@ def main() -> None:
         records = [prompt.record for prompt in material.prompts if prompt.record["group"] != TWINS]
         stream = synthetic(records, max(drawn, decided), options.seed)
     levels = levels_of(model)
-    policy = nirvana(levels) if options.policy is None else Policy.load(options.policy)
     card = model.card
+    own = Path(card.source) / POLICY
+    path = options.policy or (own if own.is_file() else None)
+    policy = nirvana(levels) if path is None else Policy.load(path)
     ddim = Sampling("ddim", options.steps or sizes.steps, card.samplers["ddim"].guidance_scale)
     print(f"{card.name}, {describe(model.device)}, {model.dtype}, {options.at_once} requests at once, {policy.source}")
     print(f"drawn: {told(stream[:drawn])}; decided: {told(stream[:decided])}")
@@ -346,7 +350,7 @@ def parsed() -> argparse.Namespace:
     source.add_argument("--synthetic", action="store_true", help="make one up")
     parser.add_argument("--prompts", type=Path, help="records that --synthetic is made of; default: the bundle's")
     parser.add_argument("--model", default="default")
-    parser.add_argument("--policy", type=Path, help="default: NIRVANA's thresholds")
+    parser.add_argument("--policy", type=Path, help="default: the model's own, else NIRVANA's thresholds")
     parser.add_argument("--full", action="store_true", help="1,000 requests a pass, 5,000 decided, and the ablations")
     parser.add_argument("--requests", type=int, help="drawn in each pass")
     parser.add_argument("--decided", type=int, help="requests of the comparisons without pictures")

@@ -6,17 +6,15 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cache.latent.policy import Policy
+from service.calibration.pairs import MIN_PAIRS, Embed
 from service.config import Settings, version
 from service.errors import SetupError
 from service.evaluation.material import SCORER, Material, open_material
 from service.evaluation.prompts import TWINS
 from service.oneshot import say
-
-if TYPE_CHECKING:
-    from service.calibration.pairs import Embed
 
 
 def run(chosen: argparse.Namespace, settings: Settings) -> tuple[Policy, str]:
@@ -30,8 +28,8 @@ def run(chosen: argparse.Namespace, settings: Settings) -> tuple[Policy, str]:
     """
     if not 0 < chosen.alpha <= 1:
         raise SetupError(f"--alpha: {chosen.alpha} is not allowed; above 0 and at most 1")
-    if chosen.pairs < 1:
-        raise SetupError(f"--pairs: {chosen.pairs} is not allowed; at least 1")
+    if chosen.pairs < MIN_PAIRS:
+        raise SetupError(f"--pairs: {chosen.pairs} is not allowed; at least {MIN_PAIRS}")
     material = open_material(settings.model, chosen.prompts, seed=chosen.seed)
     records = [prompt.record for prompt in material.prompts if prompt.record["group"] != TWINS]
     if len(records) < 2:

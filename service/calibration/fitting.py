@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from cache.latent.policy import Bins
 from service.calibration.measuring import Verdicts
+from service.calibration.pairs import MIN_PAIRS
 
-MIN_PAIRS = 10  # fewer say nothing of their bin
 SCORE = "score"
 DECIDING = (SCORE, "all")
 

@@ -15,6 +15,7 @@ from service.evaluation.prompts import Record
 
 # Least similarity of each bin. The last bin is that of a prompt asked again.
 EDGES = (-1.0, 0.2, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.995)
+MIN_PAIRS = 10  # of a bin; fewer say nothing of it
 MOST_RECORDS = 500  # 125,000 pairs are enough to choose from
 SEED_STEP = 1_000_003  # from the first prompt's seed to the second's
 

@@ -20,7 +20,7 @@ from tests.service.evaluation.test_command import home  # noqa: F401
 
 
 def chosen(out: Path, **changes: object) -> argparse.Namespace:
-    defaults = {"prompts": None, "alpha": 0.9, "pairs": 2, "seed": 0, "out": out, "quiet": True}
+    defaults = {"prompts": None, "alpha": 0.9, "pairs": 10, "seed": 0, "out": out, "quiet": True}
     return argparse.Namespace(**{**defaults, **changes})
 
 
@@ -65,13 +65,13 @@ def test_the_command_prints_the_table(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ["--model", str(home), "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "policy.json")]
-    assert main(["cache", "calibrate", *arguments, "--pairs", "1", "--quiet"]) == 0
+    assert main(["cache", "calibrate", *arguments, "--pairs", "10", "--quiet"]) == 0
     assert capsys.readouterr().out.endswith(f"written to {tmp_path / 'policy.json'}\n")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"alpha": 0.0}, "--alpha: 0.0 is not allowed"), ({"pairs": 0}, "--pairs: 0 is not allowed")],
+    [({"alpha": 0.0}, "--alpha: 0.0 is not allowed"), ({"pairs": 9}, "--pairs: 9 is not allowed; at least 10")],
 )
 def test_what_cannot_be(home: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:  # noqa: F811
     with pytest.raises(SetupError, match=message):

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.latent.policy import Policy
-from service.calibration.fitting import MIN_PAIRS, fit, quality, rising
+from service.calibration.fitting import fit, quality, rising
+from service.calibration.pairs import MIN_PAIRS
 
 EDGES = (-1.0, 0.5, 0.9)
 ALPHAS = {5: 0.1, 10: 0.3, 15: 0.6}
