@@ -10,6 +10,7 @@ import pytest
 
 from cache.latent.policy import Policy
 from models.diffusion.loading import load_model
+from service import logs
 from service.calibration import calibrate, measuring
 from service.calibration.command import run
 from service.calibration.drawing import Drawing
@@ -34,6 +35,12 @@ def settings(model: Path) -> Settings:
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     families = [measuring.Family("solver", "ddim", 3, (1, 2)), measuring.Family("lcm", "lcm", 2, (1,))]
     monkeypatch.setattr(calibrate, "families", lambda card: families)
+
+
+@pytest.fixture(autouse=True)
+def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run in this process must not change its logging."""
+    monkeypatch.setattr(logs, "setup", lambda settings: None)
 
 
 def test_a_policy_with_its_figures_the_same_each_time(home: Path, tmp_path: Path) -> None:  # noqa: F811
