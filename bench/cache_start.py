@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from engine import describe
 
 from models.diffusion.dtype import resolve_device
-from models.diffusion.folder import quiet_libraries
 from models.diffusion.loading import load_model
 from models.diffusion.model import DiffusionModel
 from models.scorer import Scorer
+from models.scorer.embedder import load_embedder
 from service.calibration.drawing import Drawing, judged
 from service.calibration.edits import swapped
 from service.calibration.pairs import SEED_STEP
@@ -140,22 +139,6 @@ def _key(record: Record) -> tuple[str, int]:
     return record["prompt"], record["seed"]
 
 
-def sentence_vectors(home: Path, texts: Sequence[str], device: torch.device) -> torch.Tensor:
-    """Unit vectors [N, D] of all-MiniLM-L6-v2 as sentence-transformers makes them: the mean of the token states."""
-    from transformers import AutoTokenizer, BertModel
-
-    with quiet_libraries():
-        tokenizer = AutoTokenizer.from_pretrained(home / "tokenizer", local_files_only=True)
-        encoder = BertModel.from_pretrained(home / "text_encoder", local_files_only=True).eval().to(device)
-    vectors = []
-    for at in range(0, len(texts), 64):
-        tokens = tokenizer(list(texts[at : at + 64]), padding=True, truncation=True, return_tensors="pt").to(device)
-        mask = tokens.attention_mask
-        states = encoder(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
-        vectors.append(F.normalize((states * mask[..., None]).sum(1), dim=1))
-    return torch.cat(vectors)
-
-
 def print_table(
     title: str, starts: Sequence[int], rows: Mapping[str, Sequence[str]], cosines: Mapping[str, str]
 ) -> None:
@@ -181,16 +164,16 @@ def main() -> None:
     count = options.pairs or (CPU_PAIRS if device.type == "cpu" else 100)
     material = open_material(settings)
     scorer = material.scorer
-    names = sentence_vectors(material.home, scorer.vocabulary.names, device)
+    # Not the scorer's own text side: the cosines of the table are of the plain encoder's sentences.
+    sentences = load_embedder(None, material.home / "text_encoder", material.home / "tokenizer")
+    names = torch.from_numpy(sentences.embed(scorer.vocabulary.names))
     records = [prompt.record for prompt in material.prompts if prompt.record["objects"]]
     pairs = make_pairs(records, scorer, names @ names.T, count)
     model = load_model(options.model, dtype=options.dtype, device=options.device, cache_dir=settings.cache_dir)
     print(f"{model.card.name}, {describe(device)}, {model.dtype}")
     cosines = {}
     for kind, members in pairs.items():
-        first, second = (
-            sentence_vectors(material.home, [pair[side]["prompt"] for pair in members], device) for side in (0, 1)
-        )
+        first, second = (sentences.embed([pair[side]["prompt"] for pair in members]) for side in (0, 1))
         cosines[kind] = f"{len(members)} | {(first * second).sum(1).mean():.3f}"
     results = {}
     for sampler, (steps, starts) in STARTS.items():
