@@ -10,12 +10,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from service.config import Settings
+from service.diffusion.engine import NullObserver
 from service.diffusion.request import Draft, Failed, Image, ImageRequest
 from service.errors import CancelledError
 from service.runtime import Runtime, open_warm_runtime
 
 
-class Meter:
+class Meter(NullObserver):
     """An observer that adds up the engine's seconds: encoding, ticks and decoding."""
 
     def __init__(self) -> None:

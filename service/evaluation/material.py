@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from models.bundles.registry import ROOTS, bundle_path
+from models.errors import ModelError
 from service.config import ModelSettings
 from service.errors import SetupError
 from service.evaluation.metrics import FRECHET, check_metrics
@@ -49,7 +50,7 @@ def open_material(
 
     Raises:
         SetupError: the prompts are not what they should be.
-        ModelError: there is no scorer, or it is damaged.
+        ModelError: there is no scorer, or it is damaged, or the statistics are of another scorer's features.
     """
     home = _home(settings)
     path = prompts or home / PROMPTS
@@ -64,6 +65,10 @@ def open_material(
     scorer = load_scorer(home / SCORER, home / "text_encoder", home / "tokenizer", device)
     check_names(path, chosen, scorer.vocabulary)
     reference = Statistics.load(home / REFERENCE) if (home / REFERENCE).is_file() else None
+    if reference is not None and len(reference.mean) != scorer.sizes.width:
+        raise ModelError(
+            f"{home / REFERENCE} is of {len(reference.mean)} features, the scorer beside it has {scorer.sizes.width}"
+        )
     return Material(home, path, chosen, scorer, reference)
 
 

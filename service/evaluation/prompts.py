@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ def read_prompts(path: Path, seed: int = 0) -> list[Prompt]:
         raise SetupError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise SetupError(f"{path}: not UTF-8 text: byte {error.start}") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    # Not splitlines(), which also ends lines at characters that JSON strings may hold.
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise SetupError(f"{path}: has no prompts")
     as_records = path.suffix == ".jsonl" or lines[0][1].startswith("{")
@@ -115,7 +117,7 @@ def sample(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
 def _parsed(line: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
@@ -132,7 +134,7 @@ def _completed(fields: dict[str, Any], line: int, seed: int) -> Record:
         "id": _text(fields, "id", r"[\w.-]{1,100}", "letters, digits, dots, - and _") or str(line),
         "group": _text(fields, "group"),
         "prompt": _text(fields, "prompt", r"(?s).*\S.*"),
-        "objects": None if objects is None else [_object(thing) for thing in objects],
+        "objects": None if objects is None else _objects(objects),
         "relation": _text(fields, "relation"),
         "style": _text(fields, "style"),
         "background": _background(fields.get("background")),
@@ -144,6 +146,14 @@ def _completed(fields: dict[str, Any], line: int, seed: int) -> Record:
     if record["relation"] is not None and len(objects or ()) != 2:
         raise ValueError(f"relation: {record['relation']!r} is not allowed; only between two objects")
     return record
+
+
+def _objects(things: list[object]) -> list[dict[str, Any]]:
+    objects = [_object(thing) for thing in things]
+    if len({thing["concept"] for thing in objects}) < len(objects):
+        # The scorer counts and colours by concept, so that it could not tell one from the other.
+        raise ValueError(f"objects: {objects[0]['concept']!r} is named twice; two objects must be of two concepts")
+    return objects
 
 
 def _object(thing: object) -> dict[str, Any]:
@@ -186,8 +196,12 @@ def _text(
     fields: dict[str, Any], name: str, pattern: str = ".+", allowed: str = "text that is not empty"
 ) -> str | None:
     value = fields.get(name)
-    if value is not None and (not isinstance(value, str) or re.fullmatch(pattern, value) is None):
+    if value is None:
+        return None
+    if not isinstance(value, str) or re.fullmatch(pattern, value) is None:
         raise ValueError(f"{name}: {_shown(value)} is not allowed; {allowed}")
+    if not value.isascii() and any(unicodedata.category(character) == "Cs" for character in value):
+        raise ValueError(f"{name}: {value!a} is not allowed; text without lone surrogates")  # no file could hold it
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +190,30 @@ def test_models_that_take_no_prompts(
     model = tiny.consistency(tmp_path / "tiny", num_classes=3)
     assert evaluated(model, "--out", str(tmp_path)) == 2
     assert told(capsys).startswith("--model: tiny takes no prompts")
+
+
+def test_statistics_of_another_scorer(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = Path(shutil.copytree(home, tmp_path / "other"))
+    Statistics.of(torch.rand(5, SIZES.width + 1)).save(other / "eval" / "reference.safetensors")
+    assert evaluated(other, "--out", str(tmp_path / "out"), "--metrics", "frechet") == 2
+    assert told(capsys).endswith("reference.safetensors is of 17 features, the scorer beside it has 16")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "line"),
+    [
+        ("unet_lcm", "unet", "this is an LCM student where the teacher is expected"),
+        ("unet", "unet_lcm", "this is a teacher where an LCM student is expected"),
+    ],
+)
+def test_teacher_and_student_in_each_others_place(
+    home: Path, tmp_path: Path, source: str, target: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = Path(shutil.copytree(home, tmp_path / "wrong"))
+    shutil.rmtree(wrong / target)
+    shutil.copytree(wrong / source, wrong / target)
+    assert evaluated(wrong, "--out", str(tmp_path / "out")) == 2
+    assert line in told(capsys)
 
 
 def test_a_process_of_its_own(home: Path, tmp_path: Path) -> None:

@@ -119,10 +119,26 @@ def test_plain_text_has_a_prompt_a_line(tmp_path: Path) -> None:
         ({"prompt": "a", "background": {"ground": "seas"}}, "line 2: ground: 'seas' is not known; did you mean sea?"),
         ({"prompt": "a", "background": {"ground": "sea", "colours": "white"}}, 'colours: "white" is not allowed'),
         ({"prompt": "a", "background": {"ground": "sea", "colours": ["tan"]}}, "colour: 'tan' is not known"),
+        ({"prompt": "a", "objects": [{"concept": "cat"}] * 2}, "line 2: objects: 'cat' is named twice"),
+        (
+            '{"prompt": "a", "group": "\\ud800"}',
+            "line 2: group: '\\ud800' is not allowed; text without lone surrogates",
+        ),
+        ("[" * 100_000, "line 2: not JSON: maximum recursion depth exceeded"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, line: object, told: str) -> None:
     assert told in refusal(written(tmp_path, {"prompt": "a cat"}, line))
+
+
+def test_only_newlines_end_a_line(tmp_path: Path) -> None:
+    """A JSON string may hold other separators as they are; str.splitlines() would cut it there."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('{"prompt": "a cat\u2028a dog"}\r\n{"prompt": "a fox\x85"}\n'.encode())
+    assert [(prompt.line, prompt.record["prompt"]) for prompt in read_prompts(path)] == [
+        (1, "a cat\u2028a dog"),
+        (2, "a fox\x85"),
+    ]
 
 
 def test_files_that_hold_no_prompts(tmp_path: Path) -> None:
