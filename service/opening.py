@@ -18,7 +18,7 @@ from service.caching import CacheStarts, family_of, levels_of
 from service.config import Settings
 from service.errors import SetupError
 from service.latents import Latents
-from service.stores import identity, open_store
+from service.stores import identity, open_store, snapshots_of
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,18 @@ def open_latents(settings: Settings, model: DiffusionModel) -> tuple[Latents, Ca
     name = identity(card.name, card.revision, Path(card.source))
     begun = time.monotonic()
     with tqdm(desc="cache", unit=" entries", leave=False, disable=None) as bar:
+
+        def progress(read: int, total: int) -> None:
+            bar.total = total
+            bar.update(read - bar.n)
+
         cache = LatentCache(
             open_store(settings, name),
             settings.cache.budget_bytes,
             policy,
             ttl_s=dict(settings.cache.ttl_s),
-            progress=lambda entries: bar.update(entries - bar.n),
+            snapshots=snapshots_of(settings, name),
+            progress=progress,
         )
     totals = cache.totals()
     log.info("cache: %d entries, read in %.1f s, policy: %s", totals.entries, time.monotonic() - begun, policy.source)

@@ -31,6 +31,11 @@ def folder_of(settings: Settings) -> Path:
     return settings.cache.folder or settings.model.cache_dir / "latents"
 
 
+def snapshots_of(settings: Settings, model: str) -> Path | None:
+    """The folder of what one model's indexes save, beside its latents; None: a Redis server has no folder."""
+    return None if settings.cache.redis_url is not None else folder_of(settings) / model / "index"
+
+
 def open_store(settings: Settings, model: str) -> Store:
     """The store of one model's latents. It is opened by its first call, which raises StoreError if that fails.
 

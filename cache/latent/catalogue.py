@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache.latent.eviction import Evictor
 from cache.latent.figures import Figures
-from cache.latent.index import Index
+from cache.latent.index import Index, SnapshotError
 from cache.latent.keys import Header, KeySpace
 from cache.latent.predictor import MatchPredictor
 
@@ -66,6 +68,7 @@ class Catalogue:
     """Looked up from any thread; changed by one at a time, which the caller sees to.
 
     worth: what a level of a given alpha is worth to the evictor. predictor: makes one for a key space.
+    snapshots: folder of the graphs that large indexes save; None: they save none. refused: told why one is not used.
     """
 
     def __init__(
@@ -74,12 +77,17 @@ class Catalogue:
         worth: Callable[[float], float],
         ttl_s: Mapping[str, float],
         predictor: Callable[[], MatchPredictor | None],
+        snapshots: Path | None = None,
+        refused: Callable[[SnapshotError], None] = lambda error: None,
     ) -> None:
         self._evictor = evictor
         self._evictor_lock = threading.Lock()  # lookups report hits while others change it
         self._worth = worth
         self._ttl_s = ttl_s
         self._predictor = predictor
+        self._snapshots = snapshots
+        self._refused = refused
+        self._filling: ExitStack | None = None
         self._tenants: dict[str, Tenant] = {}
         self._entries: dict[int, Entry] = {}
 
@@ -211,17 +219,48 @@ class Catalogue:
             self._drop(entry)
         return [(entry.id, None) for entry in doomed]
 
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Much is added in this block: the indexes that it makes begin their graphs at its end."""
+        with ExitStack() as stack:
+            self._filling = stack
+            try:
+                yield
+            finally:
+                self._filling = None
+
+    def save(self, least: float) -> None:
+        """Saves the graphs of which more than this share has changed, and drops those that are of no use any more.
+
+        Raises OSError.
+        """
+        if self._snapshots is None:
+            return
+        spaces = self._spaces()
+        for space in spaces:
+            space.index.save(least)
+        used = {_file_of(space.key, space.index.dimension) for space in spaces}
+        for path in list(self._snapshots.glob("*")):
+            if path.name not in used:
+                path.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Ends what its indexes do in the background."""
-        for tenant in self.tenants():
-            for space in list(tenant.spaces.values()):
-                space.index.close()
+        for space in self._spaces():
+            space.index.close()
+
+    def _spaces(self) -> list[Space]:
+        return [space for tenant in self.tenants() for space in list(tenant.spaces.values())]
 
     def _space_for(self, key: KeySpace, width: int) -> Space:
         tenant = self.tenant(key.tenant)
         space = tenant.spaces.get((key, width))
         if space is None:
-            space = tenant.spaces[key, width] = Space(tenant, key, Index(width), self._predictor())
+            snapshot = None if self._snapshots is None else self._snapshots / _file_of(key, width)
+            index = Index(width, snapshot=snapshot, refused=self._refused)
+            if self._filling is not None:
+                self._filling.enter_context(index.filling())
+            space = tenant.spaces[key, width] = Space(tenant, key, index, self._predictor())
         return space
 
     def _enter(self, header: Header, space: Space) -> Entry:
@@ -251,4 +290,9 @@ class Catalogue:
             space.index.remove(np.array([entry.id], dtype=np.int64))
         else:
             del space.tenant.spaces[space.key, space.index.dimension]
-            space.index.close()
+            with suppress(OSError):  # the next `save` tries again
+                space.index.discard()
+
+
+def _file_of(key: KeySpace, width: int) -> str:
+    return f"{key.digest.hex()}-{width}"

@@ -7,6 +7,10 @@ fresh one are both in memory.
 Removed rows stay in the graph as tombstones: a search asks for more than it needs and drops them. When a quarter of all
 rows are tombstones, or when the kind no longer fits the size, a background thread builds a fresh index from the live
 rows, replays what has changed meanwhile, and puts it in the old one's place; searches go on all the time.
+
+A graph takes minutes to build and a second to read, so it can be saved. A saved graph is never the index itself: it is
+what the next one, filled by its owner, grows its graph from. What the index does not have is dropped from it, and what
+it lacks is added, so that a graph of last week is as good as one of now, only slower to bring up to date.
 """
 
 import atexit
@@ -15,7 +19,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -46,7 +50,7 @@ GPU = faiss.get_num_gpus() > 0
 
 
 class SnapshotError(ValueError):
-    """A snapshot is damaged or was made for something else."""
+    """A saved graph is damaged, of another width, or too old to be worth bringing up to date."""
 
 
 class Index:
@@ -54,12 +58,28 @@ class Index:
 
     Up to `exact_limit` vectors the search is exact; past that it is approximate, once the graph is built (`settle`
     waits for that). `build_threads` work on a rebuild. If faiss has a GPU, every search is exact and runs there.
+
+    snapshot: the file of the saved graph; None: there is none, and nothing is saved. An id must stand for the same
+        vector whenever it is used with one file.
+    refused: told why a saved graph was not used.
     """
 
-    def __init__(self, dimension: int, exact_limit: int = 20_000, *, build_threads: int = 1) -> None:
+    def __init__(
+        self,
+        dimension: int,
+        exact_limit: int = 20_000,
+        *,
+        build_threads: int = 1,
+        snapshot: Path | None = None,
+        refused: Callable[[SnapshotError], None] = lambda error: None,
+    ) -> None:
         self.dimension = dimension
         self._exact_limit = exact_limit
         self._build_threads = build_threads
+        self._snapshot = snapshot
+        self._refused = refused
+        self._unsaved = 0  # vectors added and removed since the graph was saved
+        self._holding = False
         self._lock = _SharedLock()  # shared by searches; exclusive while the index in use is changed
         self._changes = threading.RLock()  # one change, or one snapshot, at a time; searches do not take it
         self._segment = _Segment(dimension, graph=False)
@@ -101,6 +121,7 @@ class Index:
                     rows = self._segment.add(ids[chunk], vectors[chunk])
                 if self._journal is not None:
                     self._journal.append((ids[chunk], rows))
+                self._unsaved += len(rows)
                 self._rebuild_if_due()
             start = chunk.stop
 
@@ -111,8 +132,20 @@ class Index:
             if self._journal is not None:
                 self._journal.append((ids, None))
             removed = self._segment.remove(ids)
+            self._unsaved += removed
             self._rebuild_if_due()
             return removed
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """No rebuild begins in this block: it would begin with a part of what is added, and compete with the rest."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            with self._changes:
+                self._holding = False
+                self._rebuild_if_due()
 
     def search(self, vector: Vectors, k: int) -> tuple[Ids, Vectors]:
         """The ids [k] of the vectors nearest to `vector` [D] and their inner products [k], best first; fewer than k if
@@ -140,14 +173,35 @@ class Index:
         self._closed = True
         self.settle()
 
-    def save(self, path: Path) -> None:
-        """Write a snapshot to `path`, all or nothing. Searches go on meanwhile, changes wait."""
-        scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    def save(self, least: float = 0.0) -> None:
+        """Save the graph if more than this share of it has changed since; without one, drop what was saved.
+
+        All or nothing, and to the disk when it returns. Searches go on meanwhile, changes wait. Raises OSError.
+        """
+        path = self._snapshot
+        if path is None:
+            return
+        with self._changes:
+            if self._segment.graph:
+                if self._unsaved > least * len(self):
+                    self._write(path)
+                    self._unsaved = 0
+            elif len(self) <= self._exact_limit:  # else a graph is to come, from what is saved if that is possible
+                path.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Close, and drop what was saved. Raises OSError."""
+        self.close()
+        if self._snapshot is not None:
+            self._snapshot.unlink(missing_ok=True)
+
+    def _write(self, path: Path) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        scratch = path.with_name(f"{path.name}.tmp")
         try:
             with scratch.open("wb") as file:
                 summed = _Summed(file)
-                with self._changes:
-                    self._segment.write(summed)
+                self._segment.write(summed)
                 file.write(summed.checksum.to_bytes(4, "little"))
                 file.flush()
                 os.fsync(file.fileno())
@@ -155,32 +209,18 @@ class Index:
         finally:
             scratch.unlink(missing_ok=True)
 
-    @classmethod
-    def load(cls, path: Path, exact_limit: int = 20_000, *, build_threads: int = 1) -> "Index":
-        """The index of a snapshot. Raises SnapshotError if it is damaged, FileNotFoundError if there is none."""
-        with path.open("rb") as file:
-            try:
-                _check_sum(file)
-                segment = _Segment.read(file)
-            except (ValueError, RuntimeError) as error:
-                raise SnapshotError(f"{path}: {error}") from error
-        index = cls(segment.dimension, exact_limit, build_threads=build_threads)
-        index._segment = segment
-        with index._changes:
-            index._rebuild_if_due()
-        return index
-
     def _rebuild_if_due(self) -> None:
         segment = self._segment
         # Half way back before a graph is given up, so that a size about the limit does not swing between the two.
         limit = self._exact_limit // 2 if segment.graph else self._exact_limit
         graph = len(segment) > limit and not GPU
         due = graph != segment.graph or segment.dead > max(CHUNK, segment.count // 4)
-        if due and self._journal is None and not self._closed and time.monotonic() >= self._retry_at:
-            self._journal = [segment.live()]
+        free = self._journal is None and not self._holding and not self._closed
+        if due and free and time.monotonic() >= self._retry_at:
+            self._journal = []
             self._worker = threading.Thread(
                 target=self._rebuild,
-                args=(segment, _Segment(self.dimension, graph=graph)),
+                args=(segment, segment.live(), self._unsaved, graph),
                 name="index-rebuild",
                 daemon=True,
             )
@@ -188,10 +228,17 @@ class Index:
             atexit.register(self.close)
             self._worker.start()
 
-    def _rebuild(self, old: "_Segment", fresh: "_Segment") -> None:
+    def _rebuild(self, old: "_Segment", live: tuple[Ids, Rows], unsaved: int, graph: bool) -> None:
+        """Put a fresh segment in the place of `old`, whose ids and rows were `live`, and `unsaved` of them not saved,
+        when the journal was begun."""
         try:
             with _threads(self._build_threads):
-                while not self._take_over(old, fresh):
+                fresh = self._grown(live[0]) if graph and not old.graph else None
+                fresh = fresh or _Segment(self.dimension, graph=graph)
+                missing = ~np.isin(live[0], fresh.live()[0])
+                changed = int(missing.sum()) + fresh.dead - unsaved
+                self._apply([(live[0][missing], live[1][missing])], old, fresh)
+                while not self._take_over(old, fresh, changed):
                     pass
         except (MemoryError, RuntimeError) as error:  # faiss reports what it cannot allocate as either
             log.warning("the index was not rebuilt, the old one stays in use: %s", error)
@@ -201,8 +248,28 @@ class Index:
         finally:
             atexit.unregister(self.close)
 
-    def _take_over(self, old: "_Segment", fresh: "_Segment") -> bool:
-        """Bring `fresh` up to the journal; True when it is in use, or will never be."""
+    def _grown(self, ids: Ids) -> "_Segment | None":
+        """The saved graph without what is not among `ids`; None: there is none that is of use."""
+        if self._snapshot is None:
+            return None
+        try:
+            segment = _Segment.load(self._snapshot, self.dimension)
+            known = segment.live()[0]
+            segment.remove(known[~np.isin(known, ids)])
+            if segment.dead > segment.count // 4:
+                raise SnapshotError(f"{self._snapshot}: of {segment.count} rows, {segment.dead} are of no use any more")
+        except FileNotFoundError:
+            return None
+        except (SnapshotError, OSError) as error:
+            self._refused(error if isinstance(error, SnapshotError) else SnapshotError(str(error)))
+            return None
+        return segment
+
+    def _take_over(self, old: "_Segment", fresh: "_Segment", changed: int) -> bool:
+        """Bring `fresh` up to the journal; True when it is in use, or will never be.
+
+        changed: by how many vectors more than `old`, without the journal, it differs from the saved graph.
+        """
         with self._changes:
             journal = self._journal or []
             self._journal = []
@@ -211,6 +278,7 @@ class Index:
                 if not self._closed:
                     with self._lock.exclusive():
                         self._segment = fresh
+                    self._unsaved += changed
                 self._journal = None
                 return True
         self._apply(journal, old, fresh)
@@ -300,21 +368,28 @@ class _Segment:
     def write(self, file: "_Summed") -> None:
         file.write(MAGIC + self.count.to_bytes(8, "little"))
         file.write(self._ids[: self.count].tobytes())
-        index = faiss.index_gpu_to_cpu(self._index) if GPU and not self.graph else self._index
-        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write, 1 << 20))  # type: ignore[attr-defined]
+        faiss.write_index(self._index, faiss.PyCallbackIOWriter(file.write, 1 << 20))  # type: ignore[attr-defined]
 
     @classmethod
-    def read(cls, file: BinaryIO) -> "_Segment":
-        file.seek(len(MAGIC))
-        count = int.from_bytes(file.read(8), "little")
-        ids = np.frombuffer(file.read(8 * count), np.int64)
-        reader = faiss.PyCallbackIOReader(file.read, 1 << 20)  # type: ignore[attr-defined]
-        index: Any = faiss.read_index(reader)
-        if index.ntotal != count or len(ids) != count:
-            raise ValueError(f"{len(ids)} ids for {index.ntotal} vectors")
-        graph = isinstance(index, faiss.IndexHNSW)
-        segment = cls(index.d, graph=graph)
-        segment._index = index if graph else _to_gpu(index)
+    def load(cls, path: Path, dimension: int) -> "_Segment":
+        """A saved graph. Raises SnapshotError if it is none of this width, OSError if it cannot be read."""
+        with path.open("rb") as file:
+            try:
+                _check_sum(file)
+                file.seek(len(MAGIC))
+                count = int.from_bytes(file.read(8), "little")
+                ids = np.frombuffer(file.read(8 * count), np.int64)
+                reader = faiss.PyCallbackIOReader(file.read, 1 << 20)  # type: ignore[attr-defined]
+                index: Any = faiss.read_index(reader)
+                if index.ntotal != count or len(ids) != count or not isinstance(index, faiss.IndexHNSWSQ):
+                    raise ValueError(f"{len(ids)} ids for {index.ntotal} vectors in a {type(index).__name__}")
+                if index.d != dimension:
+                    raise ValueError(f"its vectors have {index.d} values, not {dimension}")
+            except (ValueError, RuntimeError) as error:
+                raise SnapshotError(f"{path}: {error}") from error
+        index.hnsw.efConstruction, index.hnsw.efSearch = BUILD_BEAM, SEARCH_BEAM
+        segment = cls(dimension, graph=True)
+        segment._index = index
         segment._ids = np.concatenate([ids, np.full(1024, -1, np.int64)])
         live, rows = segment.live()
         segment._rows = dict(zip(live.tolist(), rows.tolist(), strict=True))

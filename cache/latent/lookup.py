@@ -12,8 +12,10 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from cache.latent.catalogue import Catalogue, Entry, Gone, Space, Tenant, Vector
 from cache.latent.eviction import EVICTORS, Evictor
 from cache.latent.figures import Stats
+from cache.latent.index import SnapshotError
 from cache.latent.keys import Header, KeySpace, random_id
 from cache.latent.policy import Policy
 from cache.latent.predictor import MatchPredictor
@@ -35,6 +38,8 @@ _BATCH = 1024  # headers entered at a time when the catalogue is built
 _RETRY_S = 1.0  # for which lookups leave a store alone that has failed
 _LOOK_S = 0.25  # between two looks at what the store takes, and at what other servers did
 _LOG_EVERY_S = 60.0
+_SAVE_S = 600.0  # between two looks at which graphs are worth saving again
+_SAVE_LEAST = 0.05  # of a graph has to have changed, for that
 _PURGE_WAIT_S = 5.0
 
 
@@ -58,21 +63,25 @@ class _Option(NamedTuple):
 
 @dataclass(slots=True)
 class _Faults:
-    """Counts what goes wrong and logs it once a minute."""
+    """Counts what goes wrong and logs it once a minute. From any thread."""
 
     count: int = 0
     quiet_until: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def report(self, error: Exception) -> None:
-        self.count += 1
-        if time.monotonic() >= self.quiet_until:
-            self.quiet_until = time.monotonic() + _LOG_EVERY_S
+        with self.lock:
+            self.count += 1
+            tell = time.monotonic() >= self.quiet_until
+            if tell:
+                self.quiet_until = time.monotonic() + _LOG_EVERY_S
+        if tell:
             # Only what is not the store's own complaint needs its traceback.
             _log.warning(
-                "the cache does without its store (%d failures so far): %s",
-                self.count,
+                "cache: %s (%d failures so far)",
                 error,
-                exc_info=None if isinstance(error, StoreError) else error,
+                self.count,
+                exc_info=None if isinstance(error, StoreError | SnapshotError) else error,
             )
 
 
@@ -87,7 +96,9 @@ class LatentCache:
     clock: seconds since the epoch.
     seed: what chance depends on besides each lookup's own seed; None: secret, so that no client can tell the choice.
     predictor: makes a MatchPredictor for a key space; without one, no lookup is skipped.
-    progress: called now and then with the number of entries entered while the catalogue is built from the store.
+    snapshots: folder that is this cache's alone as soon as the store is, where large indexes keep their graphs.
+    progress: called now and then, while the catalogue is built from the store, with the number of entries that were
+        read and that of all.
     """
 
     def __init__(
@@ -104,7 +115,8 @@ class LatentCache:
         clock: Callable[[], float] = time.time,
         seed: int | None = None,
         predictor: Callable[[], MatchPredictor | None] = lambda: None,
-        progress: Callable[[int], None] | None = None,
+        snapshots: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.policy = policy
         self._store = store
@@ -118,12 +130,15 @@ class LatentCache:
         self._closed = False
         self._changing = threading.Lock()  # held while the catalogue is changed, never while the store is at work
         levels = cast(Evictor[tuple[int, float]], EVICTORS[evictor]())
-        self._catalogue = Catalogue(levels, policy.steps, ttl_s or {}, predictor)
+        # Plans have few alphas, and entries many levels: what each is worth is worked out once.
+        worth = lru_cache(maxsize=4096)(policy.steps)
+        self._catalogue = Catalogue(levels, worth, ttl_s or {}, predictor, snapshots, self._faults.report)
         self._writer = Writer(self._write, self._forget, self._keep_up, self._faults.report, queue)
         # A store that several servers use tells what the others do.
         self._shared = cast(SharedStore, store) if hasattr(store, "changes") else None
         self._cursor: str | None = None
         self._looks_at = 0.0
+        self._saves_at = time.monotonic() + _SAVE_S
         self._loaded = False
         try:
             self._load(progress)
@@ -291,29 +306,42 @@ class LatentCache:
             if self._shared is not None:
                 self._follow(self._shared)
             self._make_room(0)  # what was written may have turned out larger than it was taken for
+            if time.monotonic() >= self._saves_at:
+                self._saves_at = time.monotonic() + _SAVE_S
+                self._save(_SAVE_LEAST)
         with self._changing:
             gone = self._catalogue.expire(self._clock())
         self._erase(gone)
 
-    def _load(self, progress: Callable[[int], None] | None) -> None:
+    def _load(self, progress: Callable[[int, int], None] | None) -> None:
         """Enters what the store has and forgets what it has not."""
         self._loaded = False
         if self._shared is not None:
             self._cursor = self._shared.changes(None).cursor
         missing = set(self._catalogue.levels())
+        total = self._store.count()
         headers = self._store.headers()
-        while batch := list(islice(headers, _BATCH)):
-            missing.difference_update((header.id, level) for header in batch for level in header.levels)
-            with self._changing:
-                gone = self._catalogue.add(batch)
-            self._erase(gone)
-            if progress is not None:
-                progress(len(self._catalogue))
+        read = 0
+        with self._catalogue.filling():
+            while batch := list(islice(headers, _BATCH)):
+                missing.difference_update((header.id, level) for header in batch for level in header.levels)
+                with self._changing:
+                    gone = self._catalogue.add(batch)
+                self._erase(gone)
+                read += len(batch)
+                if progress is not None:
+                    progress(read, total)
         with self._changing:
             for id, level in missing:
                 self._catalogue.remove(id, level)
         self._make_room(0)
         self._loaded = True
+
+    def _save(self, least: float) -> None:
+        try:
+            self._catalogue.save(least)
+        except OSError as error:
+            self._faults.report(StoreError(f"an index was not saved: {error}"))
 
     def _follow(self, store: SharedStore) -> None:
         """Takes over what other servers have put and removed."""
@@ -377,6 +405,9 @@ class LatentCache:
         finished = self._writer.close(timeout_s)
         self._catalogue.close()
         if finished:
+            if self._loaded:  # else the store, and with it the folder of the snapshots, may be another's
+                self._save(0.0)
+            self._loaded = False
             self._store.close()
         return finished
 

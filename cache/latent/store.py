@@ -52,6 +52,9 @@ class Store(Protocol):
     def headers(self) -> Iterator[Header]:
         """Every entry, with the levels that are left of it; damaged ones are counted, removed and passed over."""
 
+    def count(self) -> int:
+        """About how many headers there are."""
+
     def close(self) -> None: ...
 
 
@@ -152,6 +155,9 @@ class MemoryStore:
         with self._lock:
             found = list(self._headers.values())
         yield from found
+
+    def count(self) -> int:
+        return len(self._headers)
 
     def close(self) -> None:
         pass

@@ -150,6 +150,15 @@ class LmdbStore:
                             self.remove(id)
             start = chunk[-1][0] + b"\0"
 
+    def count(self) -> int:
+        """Of those on the disk."""
+        with self._mapped:
+            try:
+                with self._opened().begin() as transaction:
+                    return int(transaction.stat(self._tables[_HEADER_KEY.size])["entries"])
+            except lmdb.Error as error:
+                raise self._failed(error) from error
+
     def flush(self) -> None:
         """Waits until all that was put and removed is on the disk. Raises StoreError if it could not be written."""
         with self._changed:

@@ -194,6 +194,10 @@ class RedisStore:
             if not cursor:
                 return
 
+    def count(self) -> int:
+        with _Faults():
+            return int(self._redis.hlen(self._prefix + "levels"))
+
     def changes(self, after: str | None) -> Changes:
         log = self._prefix + "log"
         if after is None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import re
+import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from cache.latent.keys import Header
 from cache.latent.policy import Policy
+from cache.latent.store_lmdb import LmdbStore
 from models.diffusion.loading import load_model
 from models.diffusion.model import DiffusionModel
 from service.caching import levels_of
 from service.config import CacheSettings, ModelSettings, Settings
 from service.errors import SetupError
 from service.opening import POLICY, open_latents
-from service.stores import identity, open_store
+from service.stores import identity, open_store, snapshots_of
 from tests import tiny
+from tests.cache.latent.stores import a_header, latents_of
 from tests.service.cached import bundle
 
 
@@ -107,6 +115,38 @@ def test_a_folder_that_holds_another_model_now_has_another_identity(folder: Path
     copy.write_bytes(b"12")
     assert len({first, one, identity("tiny", "local", tmp_path)}) == 3
     assert identity("owner/name", "abc", tmp_path) == "owner_name@abc"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_shows_how_far_the_entries_are_read(
+    model: DiffusionModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings(tmp_path)
+    with closing(open_store(chosen, identity("tiny", "local", folder))) as store:
+        for i in range(5):
+            store.put(a_header(i), latents_of(i))
+    headers = LmdbStore.headers
+
+    def slow(self: LmdbStore) -> Iterator[Header]:
+        for header in headers(self):
+            time.sleep(0.06)
+            yield header
+
+    monkeypatch.setattr(LmdbStore, "headers", slow)
+    monkeypatch.setattr("cache.latent.lookup._BATCH", 1)
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert opened(chosen, model) is not None
+    assert re.search(r"cache:  ?[4-8]0%\|.*\| [234]/5 \[00:00<00:00, .*entries/s\]", terminal.getvalue())
+
+
+def test_large_indexes_are_saved_beside_the_latents_unless_those_are_elsewhere(tmp_path: Path) -> None:
+    assert snapshots_of(settings(tmp_path), "m@1") == tmp_path / "latents" / "m@1" / "index"
+    assert snapshots_of(settings(tmp_path, redis_url="redis://127.0.0.1"), "m@1") is None
 
 
 def test_a_url_that_is_none(tmp_path: Path) -> None:

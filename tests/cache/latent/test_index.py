@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import faiss
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.latent.index import Ids, Index, SnapshotError, Vectors
+from cache.latent.index import Ids, Index, Vectors, _Segment
 
 D = 16
 
@@ -30,9 +31,11 @@ def recall(index: Index, vectors: dict[int, Vectors], queries: Vectors, k: int =
     return sum(found) / (k * len(queries))
 
 
-def filled(count: int, exact_limit: int, seed: int = 0) -> tuple[Index, dict[int, Vectors]]:
+def filled(
+    count: int, exact_limit: int, seed: int = 0, snapshot: Path | None = None
+) -> tuple[Index, dict[int, Vectors]]:
     vectors = unit(count, seed)
-    index = Index(D, exact_limit)
+    index = Index(D, exact_limit, snapshot=snapshot)
     index.add(np.arange(count), vectors)
     assert index.settle(30)
     return index, dict(enumerate(vectors))
@@ -154,21 +157,15 @@ def test_with_a_gpu_every_index_is_flat_and_lives_there(monkeypatch: pytest.Monk
         moves.append(f"to {device}")
         return index
 
-    def to_cpu(index: object) -> object:
-        moves.append("back")
-        return index
-
     monkeypatch.setattr("cache.latent.index.GPU", True)
     monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
-    monkeypatch.setattr(faiss, "index_gpu_to_cpu", to_cpu, raising=False)
-    index, model = filled(300, exact_limit=100)
+    index, model = filled(300, exact_limit=100, snapshot=tmp_path / "index")
     assert index.exact
     assert recall(index, model, unit(10, 2)) == 1.0
-    index.save(tmp_path / "index")
-    assert moves == ["scratch 64 MiB", "to 0", "back"]
-    assert recall(Index.load(tmp_path / "index", 100), model, unit(10, 2)) == 1.0
-    assert moves[-1] == "to 0"
+    assert moves == ["scratch 64 MiB", "to 0"]
+    index.save()
+    assert not list(tmp_path.iterdir())  # without a graph there is nothing that is slow to make
 
 
 @settings(max_examples=5, deadline=None)
@@ -235,51 +232,174 @@ def test_threads_that_add_remove_and_search_agree_with_the_model(seed: int) -> N
         assert similarities[0] == pytest.approx(1.0, abs=2e-3)
 
 
-@pytest.mark.parametrize("exact_limit", [5000, 500])
-def test_a_snapshot_comes_back_as_it_was(tmp_path: Path, exact_limit: int) -> None:
-    index, model = filled(1500, exact_limit)
-    index.remove(np.arange(100))
-    for id in range(100):
-        del model[id]
-    index.save(tmp_path / "index")
-    again = Index.load(tmp_path / "index", exact_limit)
-    assert again.exact == index.exact
-    assert sorted(again.ids().tolist()) == sorted(model)
+class Reopened(NamedTuple):
+    """An index that was filled in one go beside a saved graph. built: ids for which the graph had to be built."""
+
+    index: Index
+    built: set[int]
+    refused: list[str]
+
+
+def reopened(path: Path, model: dict[int, Vectors], monkeypatch: pytest.MonkeyPatch) -> Reopened:
+    built: set[int] = set()
+    add = _Segment.add
+
+    def watched(self: _Segment, ids: Ids, vectors: Vectors) -> Ids:
+        if self.graph:
+            built.update(ids.tolist())
+        return add(self, ids, vectors)
+
+    monkeypatch.setattr("cache.latent.index._Segment.add", watched)
+    refused: list[str] = []
+    index = Index(D, 500, snapshot=path, refused=lambda error: refused.append(str(error)))
+    with index.filling():
+        for start in range(0, len(model), 200):
+            ids = sorted(model)[start : start + 200]
+            index.add(np.array(ids), np.stack([model[id] for id in ids]))
+        assert index.exact
+        assert index.settle(0)
+    assert index.settle(30)
+    return Reopened(index, built, refused)
+
+
+def test_a_saved_graph_is_grown_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, model = filled(1500, exact_limit=500, snapshot=tmp_path / "new" / "graph")
+    index.save()
+    again = reopened(tmp_path / "new" / "graph", model, monkeypatch)
+    assert (again.built, again.refused, again.index.exact) == (set(), [], False)
     for query in unit(20, 6):
-        for before, after in zip(index.search(query, 10), again.search(query, 10), strict=True):
+        for before, after in zip(index.search(query, 10), again.index.search(query, 10), strict=True):
             np.testing.assert_array_equal(before, after)
-    again.add(np.array([9999]), unit(1, 8))
-    again.remove(np.arange(100, 110))
-    assert len(again) == 1391
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["graph"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "other", "empty"])
-def test_a_damaged_snapshot_is_refused(tmp_path: Path, damage: str) -> None:
-    index, _ = filled(200, exact_limit=1000)
-    path = tmp_path / "index"
-    index.save(path)
+def test_what_came_and_went_since_a_graph_was_saved_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, model = filled(1500, exact_limit=500, snapshot=tmp_path / "graph")
+    index.remove(np.arange(50))
+    index.save()
+    for id in range(150):
+        del model[id]
+    fresh = dict(enumerate(unit(70, 8), 9000))
+    again = reopened(tmp_path / "graph", model | fresh, monkeypatch)
+    assert (again.built, again.refused) == (set(fresh), [])
+    assert sorted(again.index.ids().tolist()) == sorted(model | fresh)
+    assert recall(again.index, model | fresh, unit(50, 9), k=5) > 0.95
+    for id, vector in fresh.items():
+        assert again.index.search(vector, 1)[0].tolist() == [id]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [("cut", "damaged"), ("flip", "damaged"), ("other", "not an index snapshot"), ("empty", "not an index snapshot")],
+)
+def test_a_damaged_graph_is_told_of_and_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, reason: str
+) -> None:
+    path = tmp_path / "graph"
+    index, model = filled(800, exact_limit=500, snapshot=path)
+    index.save()
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     path.write_bytes({"cut": whole[:-100], "flip": bytes(flipped), "other": b"{}" * 100, "empty": b""}[damage])
-    with pytest.raises(SnapshotError, match="index: "):
-        Index.load(path)
+    again = reopened(path, model, monkeypatch)
+    assert again.built == set(model)
+    assert recall(again.index, model, unit(50, 9)) > 0.95
+    (told,) = again.refused
+    assert str(path) in told
+    assert reason in told
+    again.index.save()
+    assert reopened(path, model, monkeypatch).built == set()
+
+
+def test_a_graph_that_is_mostly_of_the_past_is_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, model = filled(900, exact_limit=500, snapshot=tmp_path / "graph")
+    index.save()
+    for id in range(300):
+        del model[id]
+    again = reopened(tmp_path / "graph", model, monkeypatch)
+    assert again.built == set(model)
+    assert "of 900 rows, 300 are of no use any more" in again.refused[0]
+
+
+def test_a_graph_of_another_width_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    index = Index(2 * D, 500, snapshot=tmp_path / "graph")
+    index.add(np.arange(600), rng.standard_normal((600, 2 * D), dtype=np.float32))
+    assert index.settle(30)
+    index.save()
+    again = reopened(tmp_path / "graph", dict(enumerate(unit(600, 0))), monkeypatch)
+    assert "its vectors have 32 values, not 16" in again.refused[0]
+    assert not again.index.exact
+
+
+def test_a_graph_is_saved_when_enough_of_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "graph"
+    index, model = filled(1000, exact_limit=500, snapshot=path)
+    index.save(0.05)
+    for changes, share, written in [(40, 0.05, False), (20, 0.05, True), (0, 0.0, False), (1, 0.0, True)]:
+        path.write_bytes(b"old")
+        for _ in range(changes):
+            id = max(model) + 1
+            model[id] = unit(1, id)[0]
+            index.add(np.array([id]), model[id][None])
+        index.save(share)
+        assert (path.read_bytes() != b"old") == written
+    grown = reopened(path, model, monkeypatch)
+    path.write_bytes(b"old")
+    grown.index.save()
+    assert path.read_bytes() == b"old"  # all of it came from there
+    grown.index.remove(np.arange(1))
+    grown.index.save()
+    assert path.read_bytes() != b"old"
+
+
+def test_a_graph_that_was_given_up_or_discarded_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "graph"
+    index, _ = filled(600, exact_limit=500, snapshot=path)
+    index.save()
+    index.remove(np.arange(400))  # few enough to be exact
+    assert index.settle(30)
+    assert index.exact
+    index.save()
+    assert not path.exists()
+    path.write_bytes(b"old")
+    index.discard()
+    assert not path.exists()
+
+
+def test_an_index_that_has_not_got_its_graph_yet_keeps_the_saved_one(tmp_path: Path) -> None:
+    path = tmp_path / "graph"
+    index, model = filled(600, exact_limit=500, snapshot=path)
+    index.save()
+    saved = path.read_bytes()
+    early = Index(D, 500, snapshot=path)
+    early.close()
+    early.add(np.array(list(model)), np.stack(list(model.values())))
+    early.save()
+    assert path.read_bytes() == saved
 
 
 def test_a_save_that_fails_keeps_the_snapshot_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index, _ = filled(50, exact_limit=1000)
-    index.save(tmp_path / "index")
-    before = (tmp_path / "index").read_bytes()
+    path = tmp_path / "graph"
+    index, _ = filled(600, exact_limit=500, snapshot=path)
+    index.save()
+    before = path.read_bytes()
+    index.remove(np.arange(3))
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        index.save(tmp_path / "index")
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
-    assert (tmp_path / "index").read_bytes() == before
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            index.save()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["graph"]
+    assert path.read_bytes() == before
+    index.save()
+    assert path.read_bytes() != before
 
 
 def test_a_rebuild_that_fails_leaves_the_old_index_in_use(

@@ -4,11 +4,15 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cache.latent import catalogue, lookup
+from cache.latent.index import Index, _Segment
 from cache.latent.keys import Header, KeySpace
 from cache.latent.lookup import LatentCache
 from cache.latent.policy import nirvana
@@ -295,13 +299,106 @@ def test_the_cache_survives_a_restart(open_cache: Open) -> None:
     for i in range(3):
         put(first, f"prompt {i}", unit(i), value=float(i))
     first.close()
-    told: list[int] = []
-    second = open_cache(store, progress=told.append)
+    told: list[tuple[int, int]] = []
+    second = open_cache(store, progress=lambda read, total: told.append((read, total)))
     (found,) = second.find(SPACE, unit(2), "solver", ROWS, 1, 0)
     assert found is not None
     assert (found.latent == np.float16(2.5)).all()
-    assert told == [3]
+    assert told == [(3, 3)]
     assert second.stats("alice").bytes == store.used_bytes
+
+
+@pytest.fixture
+def small_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexes get a graph from 100 entries on."""
+    monkeypatch.setattr(catalogue, "Index", partial(Index, exact_limit=100))
+
+
+def graph_of(cache: LatentCache) -> Index:
+    held = cache._catalogue.space(SPACE, WIDTH)
+    assert held is not None
+    assert held.index.settle(30)
+    assert not held.index.exact
+    return held.index
+
+
+@pytest.mark.usefixtures("small_graphs")
+def test_large_indexes_are_saved_at_the_end_and_met_by_what_has_changed(
+    open_cache: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, bob = MemoryStore(), dataclasses.replace(SPACE, tenant="bob")
+    first = open_cache(store, snapshots=tmp_path / "index", queue=1000)
+    for i in range(150):
+        assert first.insert(SPACE, f"prompt {i}", unit(i), latents(0.0, (0.5,)))
+    put(first, "few", unit(0), space=bob)
+    assert first.flush(30)
+    graph_of(first)
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "of another day").touch()
+    assert first.close()
+    assert [path.name for path in (tmp_path / "index").iterdir()] == [f"{SPACE.digest.hex()}-{WIDTH}"]
+
+    # Without the cache's knowledge, as after a kill: some went, one came.
+    prompts = {header.prompt: header.id for header in store.headers() if header.space == SPACE}
+    for i in range(5):
+        store.remove(prompts[f"prompt {i}"])
+    fresh = Header(1, SPACE, "fresh", unit(999), time.time(), (0.5,), (0,))
+    store.put(fresh, [np.full(SPACE.shape, 7.0, np.float16)])
+    read: list[int] = []
+    load = _Segment.load
+    monkeypatch.setattr(_Segment, "load", lambda *a: (read.append(1), load(*a))[1])
+    second = open_cache(store, snapshots=tmp_path / "index")
+    assert sorted(graph_of(second).ids().tolist()) == sorted(
+        header.id for header in store.headers() if header.space == SPACE
+    )
+    assert read == [1]
+    assert second.find(SPACE, unit(999), "solver", ROWS, 1, 0)[0] is not None
+    assert second.find(SPACE, unit(0), "solver", ROWS, 1, 0) == [None]
+    assert second.find(SPACE, unit(5), "solver", ROWS, 1, 0)[0] is not None
+    assert second.errors == 0
+    assert second.purge("alice") == 146
+    assert not list((tmp_path / "index").iterdir())  # what is purged is purged there too
+
+
+@pytest.mark.usefixtures("small_graphs")
+def test_a_damaged_or_unwritable_graph_is_counted_and_costs_nothing(
+    open_cache: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = MemoryStore()
+    first = open_cache(store, snapshots=tmp_path, queue=1000)
+    for i in range(150):
+        assert first.insert(SPACE, f"prompt {i}", unit(i), latents(0.0, (0.5,)))
+    assert first.flush(30)
+    graph_of(first)
+    assert first.close()
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    second = open_cache(store, snapshots=tmp_path)
+    graph_of(second)
+    assert second.errors == 1
+    assert f"{path}: the snapshot is damaged" in caplog.text
+    path.unlink()
+    path.mkdir()  # nothing can be put in its place
+    assert second.purge("alice", "prompt 0") == 1
+    assert second.close()
+    assert second.errors == 2
+
+
+@pytest.mark.usefixtures("small_graphs")
+def test_graphs_are_saved_now_and_then(open_cache: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "_SAVE_S", 0.1)
+    cache = open_cache(snapshots=tmp_path, queue=1000)
+    for i in range(150):
+        assert cache.insert(SPACE, f"prompt {i}", unit(i), latents(0.0, (0.5,)))
+    assert until(lambda: [path.suffix for path in tmp_path.iterdir()] == [""])
+
+
+def test_a_cache_whose_store_is_anothers_leaves_the_saved_graphs_alone(open_cache: Open, tmp_path: Path) -> None:
+    (tmp_path / "graph").touch()
+    store = BrokenStore()
+    store.broken = True
+    assert open_cache(store, snapshots=tmp_path).close()
+    assert (tmp_path / "graph").exists()
 
 
 def test_of_two_entries_of_one_prompt_a_restart_keeps_the_younger(open_cache: Open) -> None:
@@ -514,6 +611,9 @@ class SharedMemoryStore:
 
     def headers(self) -> Iterator[Header]:
         return self._shared.headers()
+
+    def count(self) -> int:
+        return self._shared.count()
 
     def changes(self, after: str | None) -> Changes:
         end = len(self._shared.log)
