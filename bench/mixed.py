@@ -18,7 +18,7 @@ from models.diffusion.loading import load_model
 from models.diffusion.model import DiffusionModel
 from service.config import EngineSettings, ModelSettings
 from service.diffusion.admission import resolve
-from service.diffusion.engine import DiffusionEngine
+from service.diffusion.engine import DiffusionEngine, NullObserver
 from service.diffusion.request import Draft, Failed, Image
 
 SAMPLERS = ("lcm", "ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde")
@@ -26,7 +26,7 @@ THINGS = ("apple", "cat", "rocket", "owl", "pizza", "frog", "castle", "bicycle")
 COLOURS = ("blue", "green", "yellow", "purple", "white")
 
 
-class Ticks:
+class Ticks(NullObserver):
     """How full the ticks were."""
 
     def __init__(self) -> None:
@@ -34,8 +34,6 @@ class Ticks:
 
     def tick(self, pictures: int, evaluations: int, seconds: float) -> None:
         self.pictures.append(pictures)
-
-    def stage(self, name: str, seconds: float) -> None: ...
 
 
 def drafts(count: int) -> list[Draft]:

@@ -11,7 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYP
 from prometheus_client.registry import Collector
 
 from service.bridge import Stats
-from service.diffusion.request import Image, Timings
+from service.diffusion.request import CACHE_FAULTS, Image, Timings
 
 if TYPE_CHECKING:
     from cache.latent.lookup import LatentCache
@@ -41,6 +41,13 @@ class Metrics:
         self.steps_run = self._counter("steps_run", "Steps that were run, over all pictures")
         self.steps_skipped = self._counter("steps_skipped", "Steps that needed no running, over all pictures")
         self.lookups = self._counter("cache_lookups", "Finished pictures by what the cache had for them", "result")
+        self.cache_faults = self._counter(
+            "cache_faults",
+            f"What the cache did not do for a request, by kind: {', '.join(CACHE_FAULTS)}",
+            "kind",
+        )
+        for kind in CACHE_FAULTS:  # so that a rate can be taken of the first one too
+            self.cache_faults.labels(kind=kind)
         self.evaluations = self._counter("evaluations", "Network evaluations, over all pictures")
         self.http_requests = self._counter("http_requests", "HTTP replies", "route", "status")
 
@@ -54,6 +61,9 @@ class Metrics:
 
     def stage(self, name: str, seconds: float) -> None:
         self.stages.labels(stage=name).observe(seconds)
+
+    def cache_fault(self, kind: str) -> None:
+        self.cache_faults.labels(kind=kind).inc()
 
     # What the service sees; called from the event loop.
 

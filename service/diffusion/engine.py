@@ -48,10 +48,15 @@ class Observer(Protocol):
         """One batch went through "encode", "lookup", "preview" or "decode"."""
         ...
 
+    def cache_fault(self, kind: str) -> None:
+        """The cache did not do its part (see `CACHE_FAULTS`). From any thread."""
+        ...
+
 
 class NullObserver:
     def tick(self, pictures: int, evaluations: int, seconds: float) -> None: ...
     def stage(self, name: str, seconds: float) -> None: ...
+    def cache_fault(self, kind: str) -> None: ...
 
 
 class DiffusionEngine:
@@ -80,7 +85,7 @@ class DiffusionEngine:
         self._clock = clock
         self._events: list[Event] = []
         self._plan = lru_cache(maxsize=1024)(self._build_plan)
-        self._starts = None if starts is None else GuardedStarts(starts)
+        self._starts = None if starts is None else GuardedStarts(starts, self._observe_fault)
 
     @property
     def card(self) -> ModelCard:
@@ -130,6 +135,9 @@ class DiffusionEngine:
             self._preview(tick)
         self._decode()
         return self._drain()
+
+    def _observe_fault(self, kind: str) -> None:
+        self.observer.cache_fault(kind)
 
     def _expire(self) -> None:
         for job in self._scheduler.expired(self._clock()):

@@ -10,6 +10,11 @@ from service.errors import invalid
 
 MAX_SEED = 2**32 - 1
 
+# What the cache can fail to do for a request, which then is drawn all the same: a "lookup" failed, was "late", or found
+# an "unusable" start; "marks", the choice of latents to keep, failed; to "keep" them failed; or too many of them were
+# waiting for that, the "backlog".
+CACHE_FAULTS = ("lookup", "late", "unusable", "marks", "keep", "backlog")
+
 
 class State(enum.StrEnum):
     QUEUED = "queued"

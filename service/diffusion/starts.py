@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
@@ -65,11 +66,13 @@ class Wanted(NamedTuple):
 class GuardedStarts:
     """Another Starts, run on a thread of its own: what fails there or hangs is a miss, or is not kept.
 
-    faults: calls that failed or came to nothing in time, and starts that could not be used.
+    faults: what came to nothing, by the kinds of CACHE_FAULTS.
+    observe: told of each fault's kind, from several threads.
     """
 
-    def __init__(self, starts: Starts) -> None:
-        self.faults = 0
+    def __init__(self, starts: Starts, observe: Callable[[str], None] = lambda kind: None) -> None:
+        self.faults: Counter[str] = Counter()
+        self._observe = observe
         self._starts = starts
         self._pool = ThreadPoolExecutor(1, "starts")  # its thread ends with this object
         self._late: Future[list[list[Start | None]]] | None = None  # the lookup last given up
@@ -84,14 +87,14 @@ class GuardedStarts:
         """
         nothing: list[list[Start | None]] = [[None] * request.n for request, _, _ in wanted]
         if self._late is not None and not self._late.done():
-            self._fault("an earlier lookup is not back yet")
+            self._fault("late", "an earlier lookup is not back yet")
             return nothing
         call = self._pool.submit(lambda: [self._find(each) for each in wanted])
         try:
             return call.result(PATIENCE_S)
         except TimeoutError:
             self._late = call
-            self._fault(f"a lookup took more than {PATIENCE_S:g} s")
+            self._fault("late", f"a lookup took more than {PATIENCE_S:g} s")
             return nothing
 
     def marks(self, request: ImageRequest, plan: Plan) -> frozenset[int]:
@@ -99,14 +102,14 @@ class GuardedStarts:
         try:
             return frozenset(self._starts.marks(request, plan)) & frozenset(range(1, len(plan)))
         except Exception as error:
-            self._fault("choosing the latents to keep", error)
+            self._fault("marks", "the latents to keep were not chosen", error)
             return frozenset()
 
     def keep(self, request: ImageRequest, latents: Mapping[float, np.ndarray]) -> None:
         """Hand over those of the latents that are finite; does not wait."""
         self._keeping = [call for call in self._keeping if not call.done()]
         if len(self._keeping) == BACKLOG:
-            self._fault(f"{BACKLOG} requests wait to be kept: one is dropped")
+            self._fault("backlog", f"{BACKLOG} requests wait to be kept: one is dropped")
         else:
             self._keeping.append(self._pool.submit(self._keep, request, latents))
 
@@ -119,7 +122,7 @@ class GuardedStarts:
         try:
             found = list(self._starts.find(request, plan))
         except Exception as error:
-            self._fault("a lookup failed", error)
+            self._fault("lookup", "a lookup failed", error)
             found = []
         found = (found + [None] * request.n)[: request.n]
         return [start if start is None or self._usable(start, plan, shape) else None for start in found]
@@ -128,7 +131,8 @@ class GuardedStarts:
         latent, alpha, _ = start
         fits = latent.shape == shape and 0 < alpha <= 1 and entry_row(plan.rows, alpha) > 0
         if not fits or not np.isfinite(latent).all():
-            self._fault(f"a start of shape {latent.shape} at alpha {alpha:g} does not fit a picture of shape {shape}")
+            what = f"a start of shape {latent.shape} at alpha {alpha:g} does not fit a picture of shape {shape}"
+            self._fault("unusable", what)
             return False
         return True
 
@@ -138,13 +142,15 @@ class GuardedStarts:
             if finite:
                 self._starts.keep(request, finite)
         except Exception as error:
-            self._fault("latents were not kept", error)
+            self._fault("keep", "latents were not kept", error)
 
-    def _fault(self, what: str, error: Exception | None = None) -> None:
+    def _fault(self, kind: str, what: str, error: Exception | None = None) -> None:
         with self._lock:
-            self.faults += 1
+            self.faults[kind] += 1
+            count = self.faults.total()
             now = time.monotonic()
             tell = now - self._told >= QUIET_S
             self._told = now if tell else self._told
+        self._observe(kind)
         if tell:
-            log.warning("cache: %s (%d faults so far)", what, self.faults, exc_info=error)
+            log.warning("cache: %s (%d faults so far)", what, count, exc_info=error)

@@ -57,7 +57,7 @@ def draw(cache: LatentCache, *requests: ImageRequest) -> list[Image]:
         assert engine._starts is not None
         engine._starts._pool.submit(lambda: None).result()
         assert cache.flush(30)
-        assert engine._starts.faults == 0
+        assert not engine._starts.faults
     return drawn
 
 

@@ -11,7 +11,7 @@ import torch
 
 from accel.samplers.library import build_plan
 from accel.samplers.noise import gaussian
-from service.diffusion.engine import DiffusionEngine
+from service.diffusion.engine import DiffusionEngine, NullObserver
 from service.diffusion.request import (
     Cancelled,
     Completed,
@@ -294,7 +294,7 @@ def test_timings_add_up():
 
 
 def test_an_observer_sees_ticks_and_stages():
-    class Notes:
+    class Notes(NullObserver):
         def __init__(self) -> None:
             self.ticks: list[tuple[int, int]] = []
             self.stages: list[str] = []

@@ -277,7 +277,7 @@ def test_a_start_that_cannot_be_used_is_a_miss(start: Start) -> None:
     assert (image.cache_result, image.steps_skipped) == ("miss", 0)
     np.testing.assert_array_equal(image.pixels, images(draw(None, cached()))["a", 0].pixels)
     assert engine._starts is not None
-    assert engine._starts.faults == 1
+    assert engine._starts.faults == {"unusable": 1}
     engine._starts._pool.shutdown()
     assert shelf.kept.keys() == {"a"}
 
@@ -311,7 +311,7 @@ def test_a_cache_that_fails_fails_no_request(caplog: pytest.LogCaptureFixture) -
     assert drawn.keys() == {("a", 0), ("b", 0)}
     assert engine._starts is not None
     engine._starts._pool.shutdown()
-    assert engine._starts.faults == 4  # two lookups, one choice of rows, one keeping
+    assert engine._starts.faults == {"lookup": 2, "marks": 1, "keep": 1}
     assert len([record for record in caplog.records if record.name == module.__name__]) == 1
 
 
@@ -347,7 +347,7 @@ def test_a_cache_that_hangs_holds_no_request_up(monkeypatch: pytest.MonkeyPatch)
     assert [id for id, _ in drawn] == ids
     assert {image.cache_result for image in drawn.values()} == {"miss"}
     assert engine._starts is not None
-    assert engine._starts.faults == 6 + 3  # every lookup; and of six to keep, all but the three that may wait
+    assert engine._starts.faults == {"late": 6, "backlog": 3}  # of six to keep, three may wait
     monkeypatch.setattr(module, "PATIENCE_S", 30.0)
     engine._starts._pool.submit(lambda: None).result()
     engine.add(cached("after"))
