@@ -17,6 +17,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, UNet2DConditio
 from torch import nn
 
 from models.bundles.manifest import MANIFEST, seal
+from models.diffusion.folder import read_json
+from models.errors import ModelError
 from models.training.distributed import Ranks
 from models.training.networks import build_unet, build_vae
 from models.training.sampling import ORIGINAL_STEPS, guidance_embedding
@@ -168,13 +170,13 @@ def publish(out: Path, destination: Path) -> None:
         destination: keeps its other files, such as the configurations of the text tower.
 
     Raises:
-        FileNotFoundError: a stage is not finished, or `destination` has no manifest. Nothing is changed then.
+        ModelError: a stage is not finished, or `destination` has no manifest. Nothing is changed then.
     """
     path, bundle = destination / MANIFEST, out / "bundle"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
     for name in FOLDERS:
         if not (bundle / name).is_dir():
-            raise FileNotFoundError(f"{bundle / name} is missing: run every stage first")
+            raise ModelError(f"{bundle / name} is missing: run every stage first")
     for name in FOLDERS:
         if (destination / name).exists():
             shutil.rmtree(destination / name)

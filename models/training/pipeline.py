@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from models.bundles.manifest import MANIFEST
 from models.diffusion.folder import read_json
+from models.errors import ModelError
 from models.scorer import Scorer
 from models.scorer.config import Thresholds
 from models.scorer.loading import CONFIG, save_scorer
@@ -45,6 +46,7 @@ LORAS: dict[str, tuple[Callable[..., dict[str, Any]], Path]] = {
     "consistency": (train_consistency, Path("bundle/lora/consistency.safetensors")),
     "consistency-training": (tune_consistency, Path("unshipped/consistency-training.safetensors")),
 }
+GUIDANCE_INPUT = "time_embedding.cond_proj.weight"  # of UNets that take the guidance scale: students
 TRAINED = ("vae", "scorer", "teacher", "lcm", *LORAS)
 
 
@@ -123,7 +125,7 @@ class Run:
             return self._stored(self._given[stage])
         done = self._checkpoints.finished(stage)
         if done is None:
-            raise RuntimeError(f"stage '{stage}' is not finished: run it first")
+            raise ModelError(f"stage '{stage}' is not finished: run it first")
         weights: dict[str, Any] = done["weights"]
         return weights
 
@@ -131,13 +133,18 @@ class Run:
         """Float32 weights of a folder's safetensors files."""
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise FileNotFoundError(f"{folder} holds no weights")
+            raise ModelError(f"{folder} holds no weights")
         shards = [load_file(file, device=str(self._ranks.device)) for file in files]
         return {name: value.float() for shard in shards for name, value in shard.items()}
 
     def _first(self, component: str) -> dict[str, Any] | None:
-        """The weights that `component` starts from."""
-        return None if self._start is None else self._stored(self._start / component)
+        """The weights that `component` starts from. Raises ModelError for a student in the teacher's place."""
+        if self._start is None:
+            return None
+        weights = self._stored(self._start / component)
+        if GUIDANCE_INPUT in weights:
+            raise ModelError(f"{self._start / component} is an LCM student, where the teacher is expected")
+        return weights
 
     def _record(self, name: str, value: Any) -> None:
         if self._ranks.main:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from models.errors import ModelError
 from models.training.compiled import AWAIT_MARKERS, LEAVE_MARKERS, OVER
 from models.training.distributed import join, leave
 from models.training.settings import FULL, MINIATURE, Budgets
@@ -180,7 +181,15 @@ def _wait(
 
 
 def main() -> int:
-    args = parse()
+    try:
+        return run(parse())
+    except ModelError as error:  # the caller can mend it
+        print(f"models.training.run: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """What was asked for, in this process or in one a rank. Returns the exit status; raises ModelError."""
     if args.stage == ("carry",):
         from models.training.carry import make_carry
 

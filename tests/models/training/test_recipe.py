@@ -294,15 +294,44 @@ def test_publish_ends_in_a_sealed_bundle(finished: Finished, published: Path) ->
         assert (published / file).is_file()
 
 
-def test_publish_before_the_run_is_finished_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def told(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command that the caller can mend says, in one line."""
+    monkeypatch.setattr(command, "join", lambda started: ranks(Ticking()))
+    monkeypatch.setattr(sys, "argv", ["run", *arguments])
+    assert command.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_publish_before_the_run_is_finished_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     bundle = _older_bundle(tmp_path / "bundle")
     before = (bundle / MANIFEST).read_bytes()
-    arguments = ["run", "--stage", "publish", "--out", str(tmp_path / "out"), "--bundle", str(bundle)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(FileNotFoundError, match="run every stage first"):
-        command.main()
+    arguments = ["--stage", "publish", "--out", str(tmp_path / "out"), "--bundle"]
+    assert told([*arguments, str(bundle)], monkeypatch, capsys).endswith("is missing: run every stage first")
+    assert told([*arguments, str(tmp_path)], monkeypatch, capsys).endswith(f"{tmp_path / MANIFEST} is missing")
     assert (bundle / MANIFEST).read_bytes() == before
     assert (bundle / "unet" / "old.safetensors").exists()
+
+
+def test_stages_out_of_order_and_a_student_to_start_from_are_told_in_one_line(
+    finished: Finished,
+    published: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "MINIATURE", PRESET)
+    arguments = ["--miniature", "--data", str(tmp_path), "--out", str(tmp_path), "--given", str(published), "--stage"]
+    line = told([*arguments, "lcm"], monkeypatch, capsys)
+    assert line == "models.training.run: stage 'teacher' is not finished: run it first"
+    start = tmp_path / "start"
+    shutil.copytree(published / "unet_lcm", start / "unet")
+    line = told([*arguments, "teacher", "--start-from", str(start)], monkeypatch, capsys)
+    assert line == f"models.training.run: {start / 'unet'} is an LCM student, where the teacher is expected"
+    line = told([*arguments, "teacher", "--start-from", str(tmp_path / "none")], monkeypatch, capsys)
+    assert line == f"models.training.run: {tmp_path / 'none' / 'unet'} holds no weights"
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
