@@ -26,7 +26,7 @@ class CacheStarts:
     """Implements `service.diffusion.starts.Starts` with one model's latents.
 
     Args:
-        identity: "name@revision", which tells the model's latents from any other's.
+        identity: tells the model's latents, and the embeddings of their prompts, from any other's.
     """
 
     def __init__(self, cache: LatentCache, model: DiffusionModel, identity: str) -> None:
@@ -59,7 +59,8 @@ class CacheStarts:
             tenant=_intent(request).tenant,
             model=self._identity,
             family=SAMPLERS[request.sampler].schedule,
-            loras=request.loras,
+            # By content: tomorrow another file may have the name.
+            loras=tuple(sorted((card.lora_digests[name], scale) for name, scale in request.loras)),
             shape=(card.latent_channels, request.height // card.scale, request.width // card.scale),
             guidance=guidance_bucket(request.guidance_scale),
             negative_prompt=request.negative_prompt,

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from cache.latent.lookup import LatentCache
 from cache.latent.policy import Policy, PolicyError, nirvana
+from models.bundles.manifest import read_manifest
 from models.bundles.registry import bundle_path
 from models.diffusion.model import DiffusionModel, ModelCard
 from models.errors import ModelError
@@ -23,6 +24,7 @@ from service.stores import identity, open_store, snapshots_of
 log = logging.getLogger(__name__)
 
 POLICY = Path("cache", "policy.json")  # in a model's folder
+ENCODER = "text_encoder/model.safetensors"  # in a bundle
 
 
 def open_latents(settings: Settings, model: DiffusionModel) -> tuple[Latents, CacheStarts] | None:
@@ -37,9 +39,10 @@ def open_latents(settings: Settings, model: DiffusionModel) -> tuple[Latents, Ca
     """
     card = model.card
     policy = _policy(settings, model)
-    embedder = None if policy is None else _embedder(settings, card)
-    if policy is None or embedder is None:
+    found = None if policy is None else _embedder(settings, card)
+    if policy is None or found is None:
         return None
+    embedder, origin = found
     name = identity(card.name, card.revision, Path(card.source))
     begun = time.monotonic()
     with tqdm(desc="cache", unit=" entries", leave=False, disable=None) as bar:
@@ -59,7 +62,7 @@ def open_latents(settings: Settings, model: DiffusionModel) -> tuple[Latents, Ca
     totals = cache.totals()
     log.info("cache: %d entries, read in %.1f s, policy: %s", totals.entries, time.monotonic() - begun, policy.source)
     latents = Latents(cache, lambda prompt: embedder.embed([prompt])[0], shared=settings.cache.shared)
-    return latents, CacheStarts(cache, model, name)
+    return latents, CacheStarts(cache, model, f"{name}+{origin}" if origin else name)
 
 
 def _policy(settings: Settings, model: DiffusionModel) -> Policy | None:
@@ -89,14 +92,18 @@ def _policy(settings: Settings, model: DiffusionModel) -> Policy | None:
     return policy
 
 
-def _embedder(settings: Settings, card: ModelCard) -> Embedder | None:
-    """The text side of the model's scorer, else the plain text encoder of the default bundle."""
+def _embedder(settings: Settings, card: ModelCard) -> tuple[Embedder, str] | None:
+    """The text side of the model's scorer, else the plain text encoder of the default bundle.
+
+    With it, what tells its embeddings from those of another of the same width: "" where the model's own identity does.
+    """
     home = Path(card.source)
     try:
         if (home / "scorer").is_dir():
-            return load_embedder(home / "scorer", home / "text_encoder", home / "tokenizer")
+            return load_embedder(home / "scorer", home / "text_encoder", home / "tokenizer"), ""
         bundle = bundle_path("default", settings.model.cache_dir)
-        return load_embedder(None, bundle / "text_encoder", bundle / "tokenizer")
+        digests = {file.path: file.sha256 for file in read_manifest(bundle).files}
+        return load_embedder(None, bundle / "text_encoder", bundle / "tokenizer"), digests[ENCODER][:12]
     except ModelError as error:
         log.warning("no cache: prompts cannot be compared: %s", error)
         return None

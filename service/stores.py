@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 def identity(name: str, revision: str, folder: Path) -> str:
     """The model that latents belong to, fit for a file's name: "name@revision".
 
-    A local folder has no revision and may hold another model tomorrow: the sizes and times of its weights stand in.
+    A local folder has no revision and may hold another model tomorrow: the sizes and times of its weights and settings
+    stand in.
     """
     if revision == "local":
-        weights = sorted(folder.glob("*/*.safetensors"))
-        facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+        files = sorted([*folder.glob("*/*.safetensors"), *folder.glob("*/*config.json"), *folder.glob("*.json")])
+        facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         revision = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
     return re.sub(r"[^\w.@-]", "_", f"{name}@{revision}")
 

@@ -22,7 +22,7 @@ class KeySpace:
     tenant: str
     model: str  # "name@revision"
     family: str  # kind of noise schedule that the model was trained with
-    loras: tuple[tuple[str, float], ...]  # (name, weight), sorted by whoever builds the key
+    loras: tuple[tuple[str, float], ...]  # (digest of the file, scale), sorted by whoever builds the key
     shape: tuple[int, int, int]  # (C, h, w) of a latent
     guidance: float  # see `guidance_bucket`
     negative_prompt: str

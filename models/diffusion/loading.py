@@ -282,6 +282,7 @@ def _card(
         default_sampler=samplers[0],
         samplers=samplers[1],
         loras=loras.names,
+        lora_digests=loras.digests,
         student_loras=students.lora_cards() if students is not None else {},
     )
 

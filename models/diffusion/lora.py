@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.bundles.manifest import sha256
 from models.diffusion.folder import listing, one_line, quiet_libraries
 from models.errors import LoraError
 
@@ -33,6 +34,7 @@ class LoraSet:
         self._modules_of: dict[str, list[Any]] = {}  # what each LoRA was loaded into
         self._layers: dict[int, tuple[Any, list[Any]]] = {}  # by id: a module and its LoRA layers, found once
         self.active: tuple[tuple[str, float], ...] = ()
+        self.digests: dict[str, str] = {}  # sha256 of each LoRA's file
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -52,6 +54,7 @@ class LoraSet:
         if not path.is_file():
             raise LoraError(f"LoRA file {path} is missing")
         try:
+            self.digests[name] = sha256(path)
             with quiet_libraries():
                 self._modules_of[name] = self._inject(name, path, self._networks if networks is None else networks)
         except LoraError:

@@ -103,6 +103,7 @@ class ModelCard:
     default_sampler: str
     samplers: Mapping[str, SamplerDefaults]  # only those that this model can run
     loras: tuple[str, ...] = ()
+    lora_digests: Mapping[str, str] = field(default_factory=dict)  # sha256 of the file of each of `loras`
     student_loras: Mapping[str, StudentLora] = field(default_factory=dict)  # those of `loras` that are students
 
     def defaults(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> SamplerDefaults:

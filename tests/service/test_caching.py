@@ -99,6 +99,19 @@ def test_what_makes_another_picture_makes_another_space(cache: LatentCache, chan
     assert (image.cache_result, again.cache_result) == ("miss", "hit")
 
 
+def test_another_file_of_a_loras_name_has_another_space(cache: LatentCache) -> None:
+    plan = build_plan("ddim", ToyModel().schedule("ddim"), 50, spacing="leading")
+    inked = asked("a", loras=(("ink", 0.5), ("moss", 1.0)))
+    draw(cache, inked)
+
+    def found(digests: dict[str, str]) -> bool:
+        model = ToyModel(replace(CARD, lora_digests=digests))
+        return CacheStarts(cache, model, "toy@1").find(inked, plan) != [None]
+
+    assert found(dict(CARD.lora_digests))
+    assert not found({**CARD.lora_digests, "ink": "3" * 64})
+
+
 def test_guidance_that_is_near_shares_a_space(cache: LatentCache) -> None:
     assert draw(cache, asked("a"), asked("b", guidance_scale=3.2))[1].cache_result == "hit"
 

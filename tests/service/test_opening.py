@@ -113,7 +113,10 @@ def test_a_folder_that_holds_another_model_now_has_another_identity(folder: Path
     copy.write_bytes(b"1")
     one = identity("tiny", "local", tmp_path)
     copy.write_bytes(b"12")
-    assert len({first, one, identity("tiny", "local", tmp_path)}) == 3
+    two = identity("tiny", "local", tmp_path)
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert len({first, one, two, identity("tiny", "local", tmp_path)}) == 4
     assert identity("owner/name", "abc", tmp_path) == "owner_name@abc"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +99,9 @@ def test_same_picture_as_the_stock_pipeline(folder: Path, tmp_path: Path, form: 
     second = save_peft(tmp_path / "second.safetensors", lora_weights(folder, 2, text=False))
     model = load(folder, [("", str(path)), ("other", str(second))])
     assert model.card.loras == ("first", "other")
+    assert model.card.lora_digests == {
+        name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in (("first", path), ("other", second))
+    }
 
     pipeline = stock(folder, "StableDiffusionPipeline", "DDIMScheduler")
     plain = stock_picture(pipeline, model)

@@ -36,6 +36,7 @@ CARD = ModelCard(
         "lcm": SamplerDefaults(steps=4, guidance_scale=1.5, spacing="trailing", max_steps=50),
     },
     loras=("ink", "moss"),
+    lora_digests={"ink": "1" * 64, "moss": "2" * 64},
 )
 
 
