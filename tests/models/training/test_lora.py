@@ -2,15 +2,20 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 
+from models.diffusion.folder import quiet_libraries
+from models.diffusion.loading import load_model
 from models.diffusion.lora import LoraSet
 from models.training.flat import FlatOptimizer
 from models.training.lora import AdaptedConv2d, AdaptedLinear, Adapters, merge, save_lora
+from tests import tiny
+from tests.models.diffusion.test_equivalence import LEAST_PSNR, draw, noise_for, psnr, stock
 from tests.models.training.small import LENGTH, PRESET, WIDTH, ranks, taught, teacher, weights
 
 RANK = 4
@@ -126,3 +131,29 @@ def test_the_service_loads_the_file(tmp_path: Path) -> None:
     loras.use([("lora", 1.0)])
     got = output(unet)
     assert float((got - expected).norm() / expected.norm()) < 2e-3
+
+
+def test_the_service_and_the_stock_pipeline_draw_the_same_with_the_file(tmp_path: Path) -> None:
+    """On a Stable Diffusion folder, by the loader that `--lora` goes through."""
+    folder, path, prompt = tiny.sd(tmp_path / "model"), tmp_path / "fast.safetensors", "a red fox"
+    adapters = Adapters(UNet2DConditionModel.from_pretrained(folder / "unet").requires_grad_(False), RANK)
+    for layer in adapters.layers:
+        nn.init.normal_(layer.up, std=0.2)
+    save_lora(adapters.weights([p.detach() for p in adapters.parameters()]), path)
+    with quiet_libraries():
+        loras = [("", str(path))]
+        model = load_model(str(folder), dtype="float32", device="cpu", loras=loras, cache_dir=tmp_path)
+        pipeline = stock(folder, "StableDiffusionPipeline", "LCMScheduler")
+
+        def expected() -> np.ndarray:
+            arguments = {"guidance_scale": 1.0, "num_inference_steps": 4, "output_type": "np"}
+            generator = torch.Generator().manual_seed(2)
+            return np.asarray(pipeline(prompt, latents=noise_for(model, 1), generator=generator, **arguments).images)
+
+        plain = expected()
+        pipeline.load_lora_weights(path)
+        model.use_loras([("fast", 1.0)])
+        conditions = model.encode([(prompt, "")], [1.0], "lcm", model.card.default_size)
+        ours = draw(model, "lcm", 4, conditions, noise_for(model, 1), seed=2)
+        assert psnr(ours, expected()) >= LEAST_PSNR
+    assert np.abs(expected() - plain).mean() > 0.005  # the LoRA is not lost in both
