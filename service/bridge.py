@@ -8,11 +8,13 @@ through one mailbox a request (`service/stream.py`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from service.config import EngineSettings
@@ -46,6 +48,13 @@ class Stats(NamedTuple):
     waiting: int
 
 
+@dataclass(slots=True, eq=False)
+class Room:
+    """Places in the queue that are kept for a request; none once it has been submitted."""
+
+    pictures: int
+
+
 class Bridge(Generic[R_contra]):
     """An engine, its thread, and the requests that are live in it."""
 
@@ -54,7 +63,7 @@ class Bridge(Generic[R_contra]):
         self._max_waiting = settings.max_waiting
         self._condition = threading.Condition()  # guards everything below
         self._live: dict[str, Mailbox] = {}
-        self._waiting = 0  # pictures of live requests that have not started
+        self._waiting = 0  # pictures of live requests that have not started, and of requests yet to be submitted
         self._commands: list[Callable[[], None]] = []
         self._accepting = False
         self._stopping = False
@@ -78,8 +87,27 @@ class Bridge(Generic[R_contra]):
             started = sum(mailbox.started for mailbox in self._live.values())
             return Stats(started, len(self._live) - started)
 
-    def submit(self, request: R_contra) -> RequestStream:
+    @contextlib.contextmanager
+    def room(self, pictures: int) -> Iterator[Room]:
+        """Room in the queue for a request that is still being made ready: what that costs is for accepted ones only.
+
+        Raises BusyError and UnavailableError as `submit`.
+        """
+        with self._condition:
+            self._check(pictures)
+            self._waiting += pictures
+        room = Room(pictures)
+        try:
+            yield room
+        finally:
+            with self._condition:
+                self._give_back(room)
+
+    def submit(self, request: R_contra, room: Room | None = None) -> RequestStream:
         """Accept a request. Called from a running event loop, the one that reads the stream.
+
+        Args:
+            room: what was kept for the request; it takes its place.
 
         Raises:
             BusyError: more than `max_waiting` pictures would wait.
@@ -88,20 +116,29 @@ class Bridge(Generic[R_contra]):
         """
         mailbox = Mailbox(request, asyncio.get_running_loop())
         with self._condition:
-            if not self._accepting:
-                raise self._error or UnavailableError("the engine is not running")
+            if room is not None:
+                self._give_back(room)
+            self._check(request.n)
             if request.id in self._live:
                 raise ConflictError(f"request_id: {request.id!r} is in progress already", param="request_id")
-            excess = self._waiting + request.n - self._max_waiting
-            if excess > 0:
-                raise BusyError(
-                    f"the queue is full: at most {self._max_waiting} pictures wait", retry_after=self._pause(excess)
-                )
             self._live[request.id] = mailbox
             self._waiting += request.n
             self._commands.append(lambda: self._add(request))
             self._condition.notify()
         return RequestStream(mailbox, self._abort)
+
+    def _check(self, pictures: int) -> None:
+        """Raise unless so many pictures more can be accepted."""
+        if not self._accepting:
+            raise self._error or UnavailableError("the engine is not running")
+        excess = self._waiting + pictures - self._max_waiting
+        if excess > 0:
+            message = f"the queue is full: at most {self._max_waiting} pictures wait"
+            raise BusyError(message, retry_after=self._pause(excess))
+
+    def _give_back(self, room: Room) -> None:
+        self._waiting -= room.pictures
+        room.pictures = 0
 
     def _pause(self, pictures: int) -> int:
         """Whole seconds in which so many pictures should leave the queue."""

@@ -56,22 +56,27 @@ class Job:
         return await service.encode(cast(np.ndarray, partial.pixels), self.format, self.quality)
 
 
-async def prepare(service: Service, client: Request, body: DrawBody, format: str) -> Job:
-    """What the body asks for, checked, and its prompt embedded if the cache is to be asked.
+async def accept(service: Service, client: Request, body: DrawBody, format: str) -> tuple[Job, RequestStream]:
+    """What the body asks for, checked, its prompt embedded if the cache is to be asked, and handed to the engine.
 
     Raises:
         InputError: in the names of the body's fields.
+        BusyError: the queue is full; the prompt has not been embedded then.
         UnavailableError: no requests are taken.
     """
     runtime, draft = service.runtime, body.draft()
     request = runtime.resolve(draft, body.names)
-    begun = time.monotonic()
-    request = await runtime.with_cache(request, draft, body.cache or "auto", tenant_of(client))
-    embed_s = 0.0
-    if request.cache is not None:
-        embed_s = time.monotonic() - begun
-        service.metrics.stage("embed", embed_s)
-    return Job(request, runtime.card.name, format, body.quality, embed_s)
+    if not body.stream:
+        request = replace(request, partial_images=0)  # there is nowhere to show them
+    with service.room(request.n) as room:
+        begun = time.monotonic()
+        request = await runtime.with_cache(request, draft, body.cache or "auto", tenant_of(client))
+        embed_s = 0.0
+        if request.cache is not None:
+            embed_s = time.monotonic() - begun
+            service.metrics.stage("embed", embed_s)
+        stream = runtime.bridge.submit(request, room)
+    return Job(request, runtime.card.name, format, body.quality, embed_s), stream
 
 
 def cache_facts(image: Image) -> dict[str, Any]:
@@ -84,13 +89,12 @@ def cache_facts(image: Image) -> dict[str, Any]:
     }
 
 
-async def draw(service: Service, client: Request, job: Job) -> tuple[list[Picture], Completed]:
+async def draw(service: Service, client: Request, job: Job, stream: RequestStream) -> tuple[list[Picture], Completed]:
     """All pictures of a request, in order, and its last event. Raises the HeadstartError that ended it."""
     encoding: list[asyncio.Task[Picture]] = []
     completed: Completed | None = None
     try:
-        request = replace(job.request, partial_images=0)  # there is no stream to show them in
-        async with events_of(service, client, service.submit(request)) as events:
+        async with events_of(service, client, stream) as events:
             async for event in events:
                 if isinstance(event, Image):
                     encoding.append(asyncio.create_task(job.picture(service, event)))

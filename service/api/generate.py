@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from service.api.accept import negotiate
 from service.api.bodies import read_body
-from service.api.drawing import Job, Picture, cache_facts, draw, events_of, prepare
+from service.api.drawing import Job, Picture, accept, cache_facts, draw, events_of
 from service.api.events import EventStream, Messages
 from service.api.messages import base64_text, image_message, partial_message
 from service.api.openapi import json_body
@@ -32,18 +32,17 @@ async def generate(client: Request) -> Response:
     body = await read_body(client, GenerateBody)
     media_type = _media_type(client, body)
     format = media_type.partition("/")[2] if media_type.startswith("image/") else body.output_format or "png"
-    job = await prepare(service, client, body, format)
-    request = job.request
+    if media_type.startswith("image/") and (body.n or 1) > 1:
+        raise invalid("n", body.n, f"1 for Accept: {media_type}; ask for application/json to get several pictures")
+    job, stream = await accept(service, client, body, format)
     if body.stream:
-        return EventStream(_messages(service, client, job, service.submit(request)))
-    if media_type.startswith("image/") and request.n > 1:
-        raise invalid("n", request.n, f"1 for Accept: {media_type}; ask for application/json to get several pictures")
-    pictures, completed = await draw(service, client, job)
+        return EventStream(_messages(service, client, job, stream))
+    pictures, completed = await draw(service, client, job, stream)
     if media_type.startswith("image/"):
         return Response(pictures[0].data, media_type=media_type, headers=_headers(job, pictures[0], completed))
     return JSONResponse(
         {
-            "id": request.id,
+            "id": job.request.id,
             "created": int(time.time()),
             "model": job.model,
             "data": [{"b64_json": base64_text(picture.data)} | _facts(job, picture.image) for picture in pictures],

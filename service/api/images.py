@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.api.bodies import read_body
-from service.api.drawing import Job, cache_facts, draw, events_of, prepare
+from service.api.drawing import Job, accept, cache_facts, draw, events_of
 from service.api.events import EventStream, Messages
 from service.api.messages import base64_text, image_message, partial_message
 from service.api.openapi import json_body
@@ -30,10 +30,10 @@ async def generations(client: Request) -> Response:
     model = service.runtime.card.name
     if body.model not in (None, model):
         raise NotFoundError(f"model: {body.model!r} is not served; {model} is", param="model", code="model_not_found")
-    job = await prepare(service, client, body, body.output_format or "png")
+    job, stream = await accept(service, client, body, body.output_format or "png")
     if body.stream:
-        return EventStream(_messages(service, client, job, service.submit(job.request)))
-    pictures, completed = await draw(service, client, job)
+        return EventStream(_messages(service, client, job, stream))
+    pictures, completed = await draw(service, client, job, stream)
     reply: dict[str, Any] = {
         "created": int(time.time()),
         "data": [{"b64_json": base64_text(picture.data)} | _facts(picture.image) for picture in pictures],

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 from starlette.requests import Request
 
-from service.bridge import RequestStream
+from service.bridge import Room
 from service.config import Settings
-from service.diffusion.request import ImageRequest
 from service.errors import BusyError, UnavailableError
 from service.metrics import Metrics
 from service.recipe import Recipe
@@ -58,13 +59,16 @@ class Service:
             raise UnavailableError("the engine has stopped; the server's log says why", code="engine_dead")
         return self._runtime
 
-    def submit(self, request: ImageRequest) -> RequestStream:
-        """Hand a request to the engine. Raises BusyError and UnavailableError."""
-        try:
-            return self.runtime.bridge.submit(request)
-        except BusyError:
-            self.metrics.ended("rejected", None)
-            raise
+    @contextlib.contextmanager
+    def room(self, pictures: int) -> Iterator[Room]:
+        """A place in the engine's queue (see `Bridge.room`). Raises BusyError and UnavailableError."""
+        with contextlib.ExitStack() as stack:
+            try:
+                room = stack.enter_context(self.runtime.bridge.room(pictures))
+            except BusyError:
+                self.metrics.ended("rejected", None)
+                raise
+            yield room
 
     async def encode(self, pixels: np.ndarray, format: str, quality: int, recipe: Recipe | None = None) -> bytes:
         """A picture file, compressed off the event loop."""

@@ -31,12 +31,14 @@ def bundle(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def serving_cached(model: Path, folder: Path, *, tenants: bool = False, **cache: Any) -> Iterator[str]:
+def serving_cached(
+    model: Path, folder: Path, *, tenants: bool = False, max_waiting: int = 64, **cache: Any
+) -> Iterator[str]:
     """The URL of a server on the model, with its cache in the folder; ready."""
     settings = Settings(
         server=ServerSettings(api_keys=KEYS if tenants else ()),
         model=ModelSettings(model=str(model), dtype="float32", device="cpu", cache_dir=folder),
-        engine=EngineSettings(max_pixels=128 * 128),
+        engine=EngineSettings(max_pixels=128 * 128, max_waiting=max_waiting),
         cache=CacheSettings(folder=folder, **cache),
     )
     threads = torch.get_num_threads()

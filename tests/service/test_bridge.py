@@ -113,6 +113,36 @@ def test_more_than_max_waiting_pictures_are_refused_with_a_time_to_come_back():
     on_bridge(body, max_waiting=4, max_running=2)
 
 
+def test_room_is_kept_for_a_request_and_given_back_without_one():
+    async def body(bridge: Bridge, model: ToyModel) -> None:
+        with bridge.room(3) as room:
+            with pytest.raises(BusyError), bridge.room(2):
+                pass
+            with pytest.raises(BusyError):
+                bridge.submit(request("refused", n=2))
+            stream = bridge.submit(request("accepted", n=3, steps=2), room)
+            assert bridge.stats == (0, 1)
+        assert isinstance((await events_of(stream))[-1], Completed)
+        with pytest.raises(ZeroDivisionError), bridge.room(4):
+            1 / 0  # noqa: B018
+        for _ in range(2):
+            assert isinstance((await events_of(bridge.submit(request("all", n=4, steps=1))))[-1], Completed)
+
+    on_bridge(body, max_waiting=4)
+
+
+def test_room_in_a_bridge_that_closes_leads_nowhere():
+    async def body(bridge: Bridge, model: ToyModel) -> None:
+        with bridge.room(1) as room:
+            await bridge.close(0)
+            with pytest.raises(UnavailableError):
+                bridge.submit(request(), room)
+        with pytest.raises(UnavailableError), bridge.room(1):
+            pass
+
+    on_bridge(body)
+
+
 def test_retry_after_grows_with_the_time_a_picture_takes():
     async def body(bridge: Bridge, model: ToyModel) -> None:
         model.on_call = lambda network, conditions: time.sleep(0.3)

@@ -294,6 +294,21 @@ def test_a_prompt_that_cannot_be_embedded_is_drawn(
     assert caplog.text.count("a prompt could not be embedded") == 1
 
 
+def test_a_request_that_is_refused_does_not_pay_for_its_embedding(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from models.scorer.embedder import Embedder
+
+    embed, embedded = Embedder.embed, []
+    monkeypatch.setattr(Embedder, "embed", lambda self, prompts: (embedded.extend(prompts), embed(self, prompts))[1])
+    with serving_cached(model, tmp_path, max_waiting=2) as url, client_of(url) as client:
+        for path, fields in (("/generate", {}), ("/generate", {"stream": True}), ("/v1/images/generations", {})):
+            assert client.post(path, json={"prompt": "refused", "n": 3} | fields).status_code == 429
+        assert 'outcome="rejected"} 3.0' in client.get("/metrics").text
+        assert draw(client, RED, n=2) == MISS
+    assert embedded == [RED]
+
+
 def test_no_cache_at_all(model: Path, tmp_path: Path) -> None:
     with serving_cached(model, tmp_path, enabled=False) as url, client_of(url) as client:
         assert draw(client, RED, cache="use") == BYPASS
