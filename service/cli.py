@@ -159,6 +159,12 @@ def _add_generate(subparsers: Any) -> None:
     picture.add_argument("--eta", type=float, help="noise of the sampler ddim, 0 to 1")
     picture.add_argument("--class-label", type=int, metavar="N", help="for a class-conditional model")
     picture.add_argument(
+        "--timesteps",
+        type=_integers,
+        metavar="N,...",
+        help="of a pixel-space consistency model, decreasing, such as 22,0; in place of --steps",
+    )
+    picture.add_argument(
         "--cache",
         choices=("auto", "use", "bypass", "refresh"),
         default="bypass",
@@ -176,6 +182,13 @@ def _add_generate(subparsers: Any) -> None:
     _add_settings(parser, ("model", "cache", "log"), but=("--lora", "--cache", "--cache-shared", "--cache-ttl"))
     _add_lora(parser)
     parser.set_defaults(run=commands.generate)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; integers with commas between them") from None
 
 
 def _add_lora(parser: argparse.ArgumentParser) -> None:

@@ -38,6 +38,7 @@ FLAGS = {
     "eta": "--eta",
     "seed": "--seed",
     "class_label": "--class-label",
+    "timesteps": "--timesteps",
     "loras": "--lora",
 }
 
@@ -118,6 +119,7 @@ def draft_of(chosen: argparse.Namespace, loras: Sequence[Lora]) -> Draft:
         eta=chosen.eta,
         seed=chosen.seed,
         class_label=chosen.class_label,
+        timesteps=chosen.timesteps,
         loras=tuple((lora.name, lora.scale) for lora in loras),
     )
 

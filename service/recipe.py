@@ -84,6 +84,8 @@ def recipe_of(request: ImageRequest, seed: int, model: str, steps_skipped: int =
         parameters["Eta"] = f"{request.eta:g}"
     if request.class_label is not None:
         parameters["Class"] = str(request.class_label)
+    if request.timesteps:
+        parameters["Timesteps"] = ", ".join(map(str, request.timesteps))
     if request.loras:
         parameters["LoRA"] = ", ".join(f"{name}:{scale:g}" for name, scale in request.loras)
     parameters["Version"] = f"headstart {version()}"

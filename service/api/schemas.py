@@ -88,6 +88,9 @@ class GenerateBody(DrawBody):
     height: Annotated[int | None, Field(description="an integer, pixels")] = None
     eta: Annotated[float | None, Field(description="a number, 0 to 1, of the sampler ddim")] = None
     class_label: Annotated[int | None, Field(description="an integer, of a class-conditional model")] = None
+    timesteps: Annotated[
+        list[int] | None, Field(description="a list of integers, decreasing, of a pixel-space consistency model")
+    ] = None
     lora: Annotated[list[LoraBody] | None, Field(description='a list of {"name": text, "scale": number}')] = None
     priority: Annotated[int | None, Field(description="an integer, -10 to 10; higher runs earlier")] = None
     deadline_s: Annotated[float | None, Field(description="a number of seconds above 0")] = None
@@ -97,6 +100,7 @@ class GenerateBody(DrawBody):
             super().draft(),
             eta=self.eta,
             class_label=self.class_label,
+            timesteps=None if self.timesteps is None else tuple(self.timesteps),
             loras=tuple((lora.name, lora.scale) for lora in self.lora or ()),
             priority=self.priority,
             deadline_s=self.deadline_s,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from itertools import pairwise
 
 from models.diffusion.model import ModelCard, SamplerDefaults
 from service.config import EngineSettings
@@ -36,6 +37,7 @@ def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, r
     sampler = _sampler(draft.sampler, loras, card)
     defaults = card.defaults(sampler, loras)
     width, height = _size(draft, card, limits)
+    timesteps = _timesteps(draft, card, defaults)
     return ImageRequest(
         id=id,
         prompt=_text("prompt", draft.prompt, 0 if card.max_prompt_tokens is None else 1),
@@ -43,7 +45,8 @@ def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, r
         n=_integer("n", draft.n, 1, 1, MAX_PICTURES),
         width=width,
         height=height,
-        steps=_steps(draft.num_inference_steps, sampler, defaults),
+        steps=_steps(len(timesteps) if timesteps else draft.num_inference_steps, sampler, defaults),
+        timesteps=timesteps,
         guidance_scale=_guidance(draft.guidance_scale, sampler, defaults),
         sampler=sampler,
         eta=_eta(draft.eta, sampler),
@@ -105,6 +108,23 @@ def _steps(value: int | None, sampler: str, defaults: SamplerDefaults) -> int:
     if most < MAX_STEPS and value is not None and not 1 <= value <= most:
         raise invalid("num_inference_steps", value, f"1 to {most} with the sampler {sampler}")
     return _integer("num_inference_steps", value, defaults.steps, 1, MAX_STEPS)
+
+
+def _timesteps(draft: Draft, card: ModelCard, defaults: SamplerDefaults) -> tuple[int, ...]:
+    if draft.timesteps is None:
+        return ()
+    shown = list(draft.timesteps)
+    if card.kind != "consistency" or defaults.max_steps is None:
+        raise invalid("timesteps", shown, "only a consistency model in pixel space takes them")
+    falling = all(after < before for before, after in pairwise(shown))
+    if not shown or not falling or shown[-1] != 0 or shown[0] >= defaults.max_steps:
+        # 0 is the most noise, where every picture starts.
+        allowed = f"integers up to {defaults.max_steps - 1}, strictly decreasing, the last of them 0"
+        raise invalid("timesteps", shown, allowed)
+    if draft.num_inference_steps not in (None, len(shown)):
+        allowed = f"{len(shown)} or nothing: so many timesteps are named"
+        raise invalid("num_inference_steps", draft.num_inference_steps, allowed)
+    return draft.timesteps
 
 
 def _guidance(value: float | None, sampler: str, defaults: SamplerDefaults) -> float:

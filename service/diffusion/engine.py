@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol
 
 from accel.memory.latents import LatentSlots
 from accel.samplers.library import build_plan, entry_row
 from accel.samplers.plans import Plan
+from accel.samplers.schedules import ConsistencySchedule
 from models.diffusion.model import Condition, DiffusionModel, ModelCard
 from service.config import EngineSettings
 from service.diffusion.picture import Job, Picture, Tick
@@ -98,7 +100,7 @@ class DiffusionEngine:
             InputError: the sampler has no plan of so many steps.
         """
         try:
-            plan = self._plan(request.sampler, request.loras, request.steps, request.eta, 0)
+            plan = self._plan(request.sampler, request.loras, request.steps, request.eta, request.timesteps, 0)
         except ValueError as error:
             raise InputError(str(error)) from None
         self._scheduler.add(request, plan, self._runner.bucket(request), self._clock())
@@ -211,7 +213,9 @@ class DiffusionEngine:
             for picture, start in zip(job.pictures, of_job, strict=True):
                 if start is not None:
                     first = entry_row(plan.rows, start.alpha)
-                    late = self._plan(request.sampler, request.loras, request.steps, request.eta, first)
+                    late = self._plan(
+                        request.sampler, request.loras, request.steps, request.eta, request.timesteps, first
+                    )
                     self._scheduler.enter(picture, late, start)
 
     def _run(self, tick: Tick) -> None:
@@ -313,10 +317,19 @@ class DiffusionEngine:
         return events
 
     def _build_plan(
-        self, sampler: str, loras: tuple[tuple[str, float], ...], steps: int, eta: float, first: int
+        self,
+        sampler: str,
+        loras: tuple[tuple[str, float], ...],
+        steps: int,
+        eta: float,
+        timesteps: tuple[int, ...],
+        first: int,
     ) -> Plan:
         defaults = self._model.card.defaults(sampler, loras)
         schedule = self._model.schedule(sampler, loras)
+        if timesteps:
+            assert isinstance(schedule, ConsistencySchedule)  # admission has no other take them
+            schedule = replace(schedule, explicit_timesteps=timesteps)
         spacing, karras = defaults.spacing, defaults.karras
         return build_plan(sampler, schedule, steps, spacing=spacing, karras=karras, eta=eta, first=first)
 

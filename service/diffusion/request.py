@@ -38,6 +38,7 @@ class Draft:
     width: int | None = None
     height: int | None = None
     num_inference_steps: int | None = None
+    timesteps: tuple[int, ...] | None = None
     guidance_scale: float | None = None
     sampler: str | None = None
     eta: float | None = None
@@ -85,6 +86,7 @@ class ImageRequest:
     sampler: str
     eta: float
     seed: int
+    timesteps: tuple[int, ...] = ()  # of a pixel-space consistency model, instead of an even spread of the steps
     class_label: int | None = None
     loras: tuple[tuple[str, float], ...] = ()  # (name, scale), sorted by name
     priority: int = 0  # higher runs earlier; -10 to 10

@@ -47,6 +47,7 @@ def test_text_of_other_programs() -> None:
     [
         ({"eta": 0.5}, "Eta", "0.5"),
         ({"class_label": 3}, "Class", "3"),
+        ({"timesteps": (22, 0)}, "Timesteps", "22, 0"),
         ({"loras": (("ink", 0.8), ("moss", 1.0))}, "LoRA", "ink:0.8, moss:1"),
         ({"sampler": "euler_a"}, "Sampler", "Euler a"),
         ({"sampler": "brand_new"}, "Sampler", "brand_new"),

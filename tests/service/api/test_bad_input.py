@@ -48,6 +48,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"eta": 1.5}, "eta", "0 to 1"),
     ({"eta": 0.5, "sampler": "lcm"}, "eta", "ddim"),
     ({"class_label": 1}, "class_label", "no classes"),
+    ({"timesteps": [22, 0]}, "timesteps", "only a consistency model in pixel space"),
+    ({"timesteps": [22, "0"]}, "timesteps.1", "a list of integers"),
     ({"lora": [{"name": "moss"}]}, "lora", "one of ink"),
     ({"lora": [{"name": "ink", "scale": 5}]}, "lora", "from -4 to 4"),
     ({"lora": [{"name": "ink", "weight": 1}]}, "lora.0.weight", "the fields are name, scale"),

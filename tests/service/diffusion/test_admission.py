@@ -20,6 +20,11 @@ CLASSES = replace(
     default_sampler="consistency",
     samplers={"consistency": SamplerDefaults(steps=1, guidance_scale=1.0, spacing="trailing")},
 )
+PIXELS = replace(
+    CLASSES,
+    num_classes=None,
+    samplers={"consistency": SamplerDefaults(steps=1, guidance_scale=1.0, spacing="leading", max_steps=40)},
+)
 DISTILLED = SamplerDefaults(steps=2, guidance_scale=3.0, spacing="trailing", max_steps=40, fixed_guidance=True)
 STUDENTS = replace(
     CARD,
@@ -190,6 +195,35 @@ def test_a_sampler_that_needs_a_lora_is_refused_without_one():
         InputError, match=r"sampler: 'lcm' is not allowed; .* with a LoRA made for it; loaded: ink, moss"
     ):
         resolved(BY_LORA, sampler="lcm")
+
+
+def test_timesteps_stand_in_place_of_a_number_of_steps():
+    request = resolved(PIXELS, prompt="", timesteps=(22, 0))
+    assert (request.timesteps, request.steps) == ((22, 0), 2)
+    assert resolved(PIXELS, prompt="", timesteps=(39, 22, 0), num_inference_steps=3).steps == 3
+    assert resolved(PIXELS, prompt="").timesteps == ()
+
+
+@pytest.mark.parametrize(
+    ("card", "fields", "told"),
+    [
+        (CARD, {"timesteps": (22, 0)}, "timesteps: [22, 0] is not allowed; only a consistency model in pixel space"),
+        (STUDENTS, {"sampler": "consistency", "timesteps": (22, 0)}, "only a consistency model in pixel space"),
+        *(
+            (PIXELS, {"timesteps": timesteps}, "integers up to 39, strictly decreasing, the last of them 0")
+            for timesteps in ((), (0, 22), (22, 0, 0), (40, 0), (22, 0, -1), (39, 22))
+        ),
+        (
+            PIXELS,
+            {"timesteps": (22, 0), "num_inference_steps": 3},
+            "num_inference_steps: 3 is not allowed; 2 or nothing",
+        ),
+    ],
+)
+def test_timesteps_that_cannot_be_had(card, fields, told):
+    with pytest.raises(InputError) as caught:
+        resolved(card, **fields)
+    assert told in caught.value.message
 
 
 @pytest.mark.parametrize("label", [None, -1, 10])
