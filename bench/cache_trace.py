@@ -135,9 +135,8 @@ class Stage:
             guidance_scale=sampling.guidance,
         )
         request = resolve(draft, self._model.card, self._limits, id=str(number), random_seed=0)
-        return replace(
-            request, cache=CacheIntent(tenant=TENANT, embedding=self.vectors[number], look=True, store=store)
-        )
+        intent = CacheIntent(embedding=self.vectors[number], look=True, store=store)
+        return replace(request, tenant=TENANT, cache=intent)
 
     def _judge(self, images: Sequence[Image]) -> tuple[dict[str, list[float | None]], torch.Tensor]:
         verdicts: dict[str, list[float | None]] = {}

@@ -78,7 +78,12 @@ class EmptyModel:
         return self._schedule
 
     def encode(
-        self, prompts: Sequence[tuple[str, str]], guidance_scales: Sequence[float], sampler: str, size: tuple[int, int]
+        self,
+        prompts: Sequence[tuple[str, str]],
+        guidance_scales: Sequence[float],
+        sampler: str,
+        size: tuple[int, int],
+        owner: str = "",
     ) -> list[Condition]:
         text = TextStates(torch.zeros(77, 768, device=self.device, dtype=self.dtype))
         return [Condition(text, text, scale) for scale in guidance_scales]

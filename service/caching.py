@@ -56,7 +56,7 @@ class CacheStarts:
     def _space(self, request: ImageRequest) -> KeySpace:
         card = self._card
         return KeySpace(
-            tenant=_intent(request).tenant,
+            tenant=request.tenant,
             model=self._identity,
             family=SAMPLERS[request.sampler].schedule,
             # By content: tomorrow another file may have the name.

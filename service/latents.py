@@ -27,18 +27,18 @@ class Latents:
     """One model's cache.
 
     Args:
-        embed: a prompt's embedding, [D] float32 of unit norm; called in a thread of its own.
+        embed: the embedding of a prompt, [D] float32 of unit norm, for a namespace; called in a thread of its own.
         shared: all tenants have one namespace.
     """
 
-    def __init__(self, cache: LatentCache, embed: Callable[[str], np.ndarray], *, shared: bool) -> None:
+    def __init__(self, cache: LatentCache, embed: Callable[[str, str], np.ndarray], *, shared: bool) -> None:
         self.cache = cache
         self._embed = embed
         self._shared = shared
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embed")
         self._said = -QUIET_S
 
-    async def intent(self, prompt: str, mode: str, seeded: bool, tenant: str) -> CacheIntent | None:
+    async def intent(self, prompt: str, mode: str, seeded: bool, namespace: str) -> CacheIntent | None:
         """What the cache may do for a request; None: nothing.
 
         Args:
@@ -49,15 +49,15 @@ class Latents:
         if mode == "bypass" or (mode == "auto" and seeded):
             return None
         try:
-            embedding = await asyncio.get_running_loop().run_in_executor(self._thread, self._embed, prompt)
+            embedding = await asyncio.get_running_loop().run_in_executor(self._thread, self._embed, prompt, namespace)
         except Exception:  # the picture can be drawn all the same
             self._complain()
             return None
-        return CacheIntent(tenant=self._namespace(tenant), embedding=embedding, look=mode != "refresh", store=True)
+        return CacheIntent(embedding=embedding, look=mode != "refresh", store=True)
 
     def stats(self, tenant: str) -> dict[str, Any]:
         """What a tenant has here and what that has saved since the start, fit for JSON."""
-        stats = self.cache.stats(self._namespace(tenant))
+        stats = self.cache.stats(self.namespace(tenant))
         counts = stats.counts
         lookups = {result: counts[result] for result in ("hit", "miss", "skipped", "error")}
         pictures = sum(lookups.values())
@@ -77,7 +77,7 @@ class Latents:
 
     def purge(self, tenant: str, prompt: str | None) -> int:
         """Forget a tenant's entries, of one prompt or all; how many."""
-        return self.cache.purge(self._namespace(tenant), None if prompt is None else prompt.strip())
+        return self.cache.purge(self.namespace(tenant), None if prompt is None else prompt.strip())
 
     def close(self) -> None:
         """Write what waits, for CLOSE_S seconds at most."""
@@ -85,7 +85,8 @@ class Latents:
         if not self.cache.close(CLOSE_S):
             log.warning("the cache was closed before all of it was written")
 
-    def _namespace(self, tenant: str) -> str:
+    def namespace(self, tenant: str) -> str:
+        """Where a tenant's latents are, and what is remembered of its prompts."""
         return SHARED_TENANT if self._shared else tenant
 
     def _complain(self) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from cache.latent.lookup import LatentCache
@@ -61,7 +62,9 @@ def open_latents(settings: Settings, model: DiffusionModel) -> tuple[Latents, Ca
         )
     totals = cache.totals()
     log.info("cache: %d entries, read in %.1f s, policy: %s", totals.entries, time.monotonic() - begun, policy.source)
-    latents = Latents(cache, lambda prompt: embedder.embed([prompt])[0], shared=settings.cache.shared)
+    latents = Latents(
+        cache, lambda prompt, namespace: embedder.embed([prompt], namespace)[0], shared=settings.cache.shared
+    )
     return latents, CacheStarts(cache, model, f"{name}+{origin}" if origin else name)
 
 

@@ -63,11 +63,13 @@ class Runtime:
             raise InputError(message, param=name.partition(":")[0], code=error.code) from None
 
     async def with_cache(self, request: ImageRequest, draft: Draft, mode: str, tenant: str) -> ImageRequest:
-        """The request of a draft, told what the cache may do for it (see `Latents.intent`)."""
+        """The request of a draft, told whose it is and what the cache may do for it (see `Latents.intent`)."""
         if self.latents is None:
-            return request
+            return replace(request, tenant=tenant)
+        tenant = self.latents.namespace(tenant)
         seeded = draft.seed not in (None, -1)
-        return replace(request, cache=await self.latents.intent(request.prompt, mode, seeded, tenant))
+        intent = await self.latents.intent(request.prompt, mode, seeded, tenant)
+        return replace(request, tenant=tenant, cache=intent)
 
     async def close(self, grace_s: float) -> None:
         """Let live requests finish for `grace_s` seconds, cancel the rest, and write what is still to be cached."""

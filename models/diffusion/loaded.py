@@ -55,7 +55,12 @@ class LoadedModel:
         return self._network(sampler, loras).schedule
 
     def encode(
-        self, prompts: Sequence[tuple[str, str]], guidance_scales: Sequence[float], sampler: str, size: tuple[int, int]
+        self,
+        prompts: Sequence[tuple[str, str]],
+        guidance_scales: Sequence[float],
+        sampler: str,
+        size: tuple[int, int],
+        owner: str = "",
     ) -> list[Condition]:
         """Encode (prompt, negative prompt) pairs under the active LoRA set; see `DiffusionModel.encode`.
 
@@ -68,7 +73,7 @@ class LoadedModel:
         guided = [scale > 1 and not network.guides_itself for scale in guidance_scales]
         positives = [prompt for prompt, _ in prompts]
         negatives = [negative for (_, negative), row_guided in zip(prompts, guided, strict=True) if row_guided]
-        states = self.text.encode([*positives, *negatives], variant=self.loras.active)
+        states = self.text.encode([*positives, *negatives], variant=(self.loras.active, owner))
         rest = iter(zip(negatives, states[len(positives) :], strict=True))
         return [
             Condition(positive, self._negative(*next(rest)) if row_guided else None, scale, self._time_ids(size))

@@ -138,11 +138,17 @@ class DiffusionModel(Protocol):
         ...
 
     def encode(
-        self, prompts: Sequence[tuple[str, str]], guidance_scales: Sequence[float], sampler: str, size: tuple[int, int]
+        self,
+        prompts: Sequence[tuple[str, str]],
+        guidance_scales: Sequence[float],
+        sampler: str,
+        size: tuple[int, int],
+        owner: str = "",
     ) -> list[Condition]:
         """Encode (prompt, negative prompt) pairs in one text-encoder batch, under the LoRA set in use.
 
-        `size` is (width, height).
+        `size` is (width, height). Prompts are remembered for their `owner` alone, so that no one can tell, by the time
+        that it takes, what others have asked for.
         """
         ...
 

@@ -34,7 +34,7 @@ class Embedder:
     def __init__(self, encoder: BertModel, tokenize: Tokenize, projection: torch.Tensor | None = None) -> None:
         """`projection`: [E, text width], applied to the mean of the encoder's states; None: nothing is."""
         self._encoder, self._tokenize, self._projection = encoder, tokenize, projection
-        self._known: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()  # by owner and prompt
         self._lock = threading.Lock()
 
     @property
@@ -43,18 +43,23 @@ class Embedder:
         width = self._encoder.config.hidden_size if self._projection is None else len(self._projection)
         return int(width)
 
-    def embed(self, prompts: Sequence[str]) -> np.ndarray:
-        """Unit vectors [N, E] float32; a prompt is cut where the tokenizer's length ends."""
+    def embed(self, prompts: Sequence[str], owner: str = "") -> np.ndarray:
+        """Unit vectors [N, E] float32; a prompt is cut where the tokenizer's length ends.
+
+        owner: whose prompts they are. They are remembered for each alone, so that no one can tell, by the time that it
+            takes, what others have asked for.
+        """
         rows = np.empty((len(prompts), self.dimension), np.float32)
         with self._lock:
-            missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+            missing = [prompt for prompt in dict.fromkeys(prompts) if (owner, prompt) not in self._known]
             fresh: dict[str, np.ndarray] = {}
             for start in range(0, len(missing), _BATCH):
                 part = missing[start : start + _BATCH]
                 fresh.update(zip(part, self._run(part), strict=True))
             for row, prompt in zip(rows, prompts, strict=True):
-                row[:] = self._known[prompt] = fresh[prompt] if prompt in fresh else self._known[prompt]
-                self._known.move_to_end(prompt)
+                key = (owner, prompt)
+                row[:] = self._known[key] = fresh[prompt] if prompt in fresh else self._known[key]
+                self._known.move_to_end(key)
             while len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         return rows

@@ -157,7 +157,8 @@ class DiffusionEngine:
             if job.condition is None:
                 request = job.request
                 self._events.append(Started(request.id))
-                groups.setdefault((request.sampler, request.width, request.height, request.loras), []).append(job)
+                alike = (request.tenant, request.sampler, request.width, request.height, request.loras)
+                groups.setdefault(alike, []).append(job)
         for jobs in groups.values():
             self._encode(jobs)
         self._enter([job for jobs in groups.values() for job in jobs if job.condition is not None])

@@ -62,7 +62,6 @@ def parse_size(field: str, size: str, allowed: str) -> tuple[int, int]:
 class CacheIntent:
     """What the approximate cache may do for a request: look for latents to start from, store the request's own."""
 
-    tenant: str
     embedding: object = field(repr=False, compare=False)  # of the prompt: [D] float32 numpy array, unit norm
     look: bool
     store: bool
@@ -92,6 +91,7 @@ class ImageRequest:
     priority: int = 0  # higher runs earlier; -10 to 10
     partial_images: int = 0  # previews per picture
     deadline_s: float | None = None  # seconds from arrival; None: no deadline
+    tenant: str = ""  # whose latents and remembered prompts it shares
     cache: CacheIntent | None = None  # None: the cache is bypassed
 
 

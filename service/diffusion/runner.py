@@ -70,7 +70,7 @@ class Runner:
 
     @torch.inference_mode()
     def encode(self, requests: Sequence[ImageRequest]) -> list[Condition]:
-        """Encode requests of one sampler, size and LoRA set in one batch.
+        """Encode requests of one tenant, sampler, size and LoRA set in one batch.
 
         Raises:
             HeadstartError: the batch failed; nothing is known of its members.
@@ -83,6 +83,7 @@ class Runner:
                 [request.guidance_scale for request in requests],
                 first.sampler,
                 (first.width, first.height),
+                first.tenant,
             )
         except Exception as error:
             reason = explained(error, "encoding the prompt")

@@ -43,8 +43,8 @@ def towards(degrees: float) -> np.ndarray:
 def asked(
     id: str = "a", degrees: float = 0.0, tenant: str = "t", look: bool = True, store: bool = True, **changes: object
 ) -> ImageRequest:
-    intent = CacheIntent(tenant=tenant, embedding=towards(degrees), look=look, store=store)
-    return replace(request(id, steps=50, guidance_scale=3.0), cache=intent, **changes)
+    intent = CacheIntent(embedding=towards(degrees), look=look, store=store)
+    return replace(request(id, steps=50, guidance_scale=3.0), tenant=tenant, cache=intent, **changes)
 
 
 def draw(cache: LatentCache, *requests: ImageRequest) -> list[Image]:

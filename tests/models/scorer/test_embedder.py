@@ -77,6 +77,15 @@ def test_a_prompt_that_is_remembered_is_not_run_again(
     assert run[3:] == ["a dog"]
 
 
+def test_a_prompt_is_remembered_for_its_owner_alone(counted: tuple[Embedder, list[str]]) -> None:
+    embedder, run = counted
+    ada = embedder.embed(["a cat"], "ada")
+    np.testing.assert_array_equal(embedder.embed(["a cat"], "bob"), ada)
+    assert run == ["a cat", "a cat"]
+    embedder.embed(["a cat"], "ada")
+    assert run == ["a cat", "a cat"]
+
+
 def test_threads_share_it(counted: tuple[Embedder, list[str]]) -> None:
     embedder, run = counted
     prompts = [f"a {word} {thing}" for word in ("red", "blue") for thing in ("cat", "dog", "fox")]

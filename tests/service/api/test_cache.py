@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -195,6 +197,43 @@ def test_no_tenant_hits_lists_or_purges_anothers(ada: httpx.Client, bob: httpx.C
     assert until_kept(bob, 1)["tenant"] == "bob"
 
 
+PAIRS = 40
+LEAST, MOST = 0.15, 0.85  # of PAIRS throws of a coin: outside of this once in 100,000 tests
+
+
+def timings(client: httpx.Client, prompt: str, result: str) -> dict[str, float]:
+    """Seconds, as the reply tells them and as the client sees them. Negative prompts give each prompt its own space."""
+    body = STEPS | {"prompt": prompt, "negative_prompt": f"not {prompt}", "cache": "use"}
+    begun = time.perf_counter()
+    answer = client.post("/generate", json=body).json()
+    seen = time.perf_counter() - begun
+    assert answer["data"][0]["cache"]["result"] == result
+    return {name: answer["timings"][name] for name in ("encode_s", "lookup_s", "total_s")} | {"seen_s": seen}
+
+
+def test_no_tenant_can_time_anothers(ada: httpx.Client, bob: httpx.Client) -> None:
+    """Whether ada has a prompt's entry, embedding or text states must not show in the time that it takes bob.
+
+    Pairs of requests, one of them for what ada has just drawn, in random order: how often is that one the faster?
+    """
+    order = random.Random(1)
+    faster: dict[str, Counter[str]] = {"ada": Counter(), "bob": Counter()}
+    for i in range(100, 100 + PAIRS):
+        words = order.sample(("apple", "zebra", "melon"), 3)  # so that no word's own time counts
+        timings(ada, f"{words[0]} number {i}", "miss")
+        until_kept(ada, 2 * (i - 100) + 1)
+        for name, client, fresh in (("bob", bob, words[1]), ("ada", ada, words[2])):
+            asked = [(f"{words[0]} number {i}", "miss" if client is bob else "hit"), (f"{fresh} number {i}", "miss")]
+            took = {prompt: timings(client, prompt, result) for prompt, result in order.sample(asked, 2)}
+            known, unknown = (took[prompt] for prompt, _ in asked)
+            faster[name].update(stage for stage in known if known[stage] < unknown[stage])
+        until_kept(ada, 2 * (i - 100) + 2)
+    for stage in ("encode_s", "lookup_s", "total_s", "seen_s"):
+        assert LEAST < faster["bob"][stage] / PAIRS < MOST, stage
+    for stage in ("encode_s", "total_s", "seen_s"):  # it does show in the time that it takes ada
+        assert faster["ada"][stage] / PAIRS > 0.75, stage
+
+
 def test_without_a_key_there_is_no_cache_to_see(url: str) -> None:
     for headers in ({}, {"X-API-Key": "key-of-eve"}, {"X-API-Key": "ada"}):
         for method in ("GET", "DELETE"):
@@ -288,7 +327,7 @@ def test_a_prompt_that_cannot_be_embedded_is_drawn(
 ) -> None:
     from models.scorer.embedder import Embedder
 
-    monkeypatch.setattr(Embedder, "embed", lambda self, prompts: 1 / 0)
+    monkeypatch.setattr(Embedder, "embed", lambda self, *given: 1 / 0)
     with serving_cached(model, tmp_path) as url, client_of(url) as client:
         assert [draw(client, RED) for _ in range(2)] == [BYPASS] * 2
     assert caplog.text.count("a prompt could not be embedded") == 1
@@ -300,7 +339,7 @@ def test_a_request_that_is_refused_does_not_pay_for_its_embedding(
     from models.scorer.embedder import Embedder
 
     embed, embedded = Embedder.embed, []
-    monkeypatch.setattr(Embedder, "embed", lambda self, prompts: (embedded.extend(prompts), embed(self, prompts))[1])
+    monkeypatch.setattr(Embedder, "embed", lambda self, *given: (embedded.extend(given[0]), embed(self, *given))[1])
     with serving_cached(model, tmp_path, max_waiting=2) as url, client_of(url) as client:
         for path, fields in (("/generate", {}), ("/generate", {"stream": True}), ("/v1/images/generations", {})):
             assert client.post(path, json={"prompt": "refused", "n": 3} | fields).status_code == 429

@@ -313,6 +313,17 @@ def test_an_observer_sees_ticks_and_stages():
     assert notes.stages == ["encode", "preview", "decode"]
 
 
+def test_prompts_of_tenants_are_not_encoded_together():
+    model, encoded = ToyModel(), []
+    encode = model.encode
+    model.encode = lambda *given: (encoded.append((len(given[0]), given[-1])), encode(*given))[1]
+    engine = DiffusionEngine(model, settings())
+    for id, tenant in (("a", "ada"), ("b", "bob"), ("c", "ada")):
+        engine.add(replace(request(id), tenant=tenant))
+    drain(engine)
+    assert encoded == [(2, "ada"), (1, "bob")]
+
+
 def test_a_negative_prompt_without_effect_is_told_of():
     engine = DiffusionEngine(ToyModel(), settings())
     engine.add(request("guided", guidance_scale=2.0, negative_prompt="fox"))

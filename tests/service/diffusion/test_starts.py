@@ -58,7 +58,7 @@ class Shelf:
 
 
 def intent(look: bool = True, store: bool = True) -> CacheIntent:
-    return CacheIntent(tenant="t", embedding=None, look=look, store=store)
+    return CacheIntent(embedding=None, look=look, store=store)
 
 
 def cached(id: str = "a", look: bool = True, store: bool = True, **changes: object) -> ImageRequest:

@@ -78,7 +78,12 @@ class ToyModel:
         return self._schedule
 
     def encode(
-        self, prompts: Sequence[tuple[str, str]], guidance_scales: Sequence[float], sampler: str, size: tuple[int, int]
+        self,
+        prompts: Sequence[tuple[str, str]],
+        guidance_scales: Sequence[float],
+        sampler: str,
+        size: tuple[int, int],
+        owner: str = "",
     ) -> list[Condition]:
         self.encoded.append(len(prompts))
         for prompt, _ in prompts:
