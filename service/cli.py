@@ -219,13 +219,21 @@ def _add_eval(subparsers: Any) -> None:
     picture.add_argument(
         "--seed", type=int, default=0, help="a prompt without a seed gets this plus its line's number; default: 0"
     )
+    picture.add_argument(
+        "--cache",
+        choices=("use", "bypass", "refresh"),
+        default="bypass",
+        help="start from what similar prompts left in the cache, and leave something (use), or only leave something "
+        "(refresh); figures then depend on what is there; default: bypass",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("out/eval"), metavar="DIR", help="default: %(default)s")
     output.add_argument("--pictures", action="store_true", help="write every picture to DIR/pictures")
     output.add_argument("--sheet", action="store_true", help="write DIR/sheet.png, the first 64 pictures")
     output.add_argument("--json", action="store_true", help="print the results as JSON, not as a table")
     output.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    _add_settings(parser, ("model", "engine", "log"), but=("--lora", "--max-waiting", "--ageing-s"))
+    unused = ("--lora", "--max-waiting", "--ageing-s", "--cache", "--cache-shared", "--cache-ttl")
+    _add_settings(parser, ("model", "engine", "cache", "log"), but=unused)
     _add_lora(parser)
     parser.set_defaults(run=commands.evaluate)
 

@@ -38,7 +38,7 @@ def run(chosen: argparse.Namespace, settings: Settings, loras: Sequence[Lora]) -
     from service.evaluation.drawing import open_easel  # seconds, for torch
     from service.evaluation.evaluate import evaluate
 
-    with open_easel(settings) as easel:
+    with open_easel(settings, chosen.cache) as easel:
         card = easel.runtime.card
         if card.max_prompt_tokens is None:
             raise SetupError(f"--model: {card.name} takes no prompts, and without them there is nothing to judge by")

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from service.config import Settings
+from service.config import DEFAULT_TENANT, Settings
 from service.diffusion.engine import NullObserver
 from service.diffusion.request import Draft, Failed, Image, ImageRequest
-from service.errors import CancelledError
+from service.errors import CancelledError, SetupError
 from service.runtime import Runtime, open_warm_runtime
 
 
@@ -43,16 +43,19 @@ class Easel:
     Args:
         runtime: its bridge started, with `meter` as its engine's observer.
         at_once: requests that are live at a time; the engine's slots and as many again that wait for them.
+        cache: the cache mode of every request.
     """
 
-    def __init__(self, runtime: Runtime, meter: Meter, at_once: int) -> None:
+    def __init__(self, runtime: Runtime, meter: Meter, at_once: int, cache: str = "bypass") -> None:
         self.runtime = runtime
+        self.cache = cache
         self._meter = meter
         self._at_once = at_once
 
     def warm_up(self, template: Draft) -> None:
         """Draw one step of the template's settings, so that what is made on first use is in no one's time."""
-        self.draw([self.runtime.resolve(replace(template, prompt="warming up", num_inference_steps=1), {})])
+        request = self.runtime.resolve(replace(template, prompt="warming up", num_inference_steps=1), {})
+        asyncio.run(self._gather([request], lambda: None, "bypass"))
 
     def draw(self, requests: Sequence[ImageRequest], done: Callable[[], object] = lambda: None) -> Drawn:
         """One picture of each request; not from within an event loop.
@@ -64,22 +67,24 @@ class Easel:
             HeadstartError: why a picture could not be drawn.
         """
         begun, before = time.perf_counter(), self._meter.seconds
-        images = asyncio.run(self._gather(requests, done))
+        images = asyncio.run(self._gather(requests, done, self.cache))
         return Drawn(images, time.perf_counter() - begun, self._meter.seconds - before)
 
-    async def _gather(self, requests: Sequence[ImageRequest], done: Callable[[], object]) -> list[Image]:
+    async def _gather(self, requests: Sequence[ImageRequest], done: Callable[[], object], cache: str) -> list[Image]:
         room = asyncio.Semaphore(self._at_once)
 
         async def picture(request: ImageRequest) -> Image:
             async with room:
-                image = await self._picture(request)
+                image = await self._picture(request, cache)
             done()
             return image
 
         return await asyncio.gather(*(picture(request) for request in requests))
 
-    async def _picture(self, request: ImageRequest) -> Image:
+    async def _picture(self, request: ImageRequest, cache: str) -> Image:
         image: Image | None = None
+        draft = Draft(prompt=request.prompt, seed=request.seed)
+        request = await self.runtime.with_cache(request, draft, cache, DEFAULT_TENANT)
         async for event in self.runtime.bridge.submit(request):
             if isinstance(event, Failed):
                 raise event.error
@@ -91,12 +96,21 @@ class Easel:
 
 
 @contextlib.contextmanager
-def open_easel(settings: Settings) -> Iterator[Easel]:
-    """Load the model and warm it up; its engine's thread ends with the block. Raises ModelError."""
+def open_easel(settings: Settings, cache: str = "bypass") -> Iterator[Easel]:
+    """Load the model and warm it up; its engine's thread ends with the block.
+
+    Args:
+        cache: the cache mode of every request; the latent cache is opened for any but "bypass".
+
+    Raises ModelError, and SetupError where there is no cache that should be used.
+    """
     at_once = 2 * settings.engine.max_running
     meter = Meter()
-    runtime = open_warm_runtime(replace(settings, engine=replace(settings.engine, max_waiting=at_once)), meter)
+    engine = replace(settings.engine, max_waiting=at_once)
+    runtime = open_warm_runtime(replace(settings, engine=engine), meter, cached=cache != "bypass")
     try:
-        yield Easel(runtime, meter, at_once)
+        if cache != "bypass" and runtime.latents is None:
+            raise SetupError(f"--cache: {cache} is not allowed; {runtime.card.name} has no cache with these settings")
+        yield Easel(runtime, meter, at_once, cache)
     finally:
-        asyncio.run(runtime.bridge.close(0))
+        asyncio.run(runtime.close(0))

@@ -76,7 +76,7 @@ def evaluate(
     own = [i for i, row in enumerate(rows) if row.group != TWINS]
     frechet, notes = _frechet(torch.cat(features)[own], reference, metrics)
     return Evaluation(
-        settings=_settings(requests[0]),
+        settings=_settings(requests[0]) | {"cache": easel.cache},
         rows=rows,
         overall=figures_of([rows[i] for i in own], wanted),
         groups=groups_of(rows, wanted),
@@ -128,6 +128,8 @@ def _judge(
                 image.evaluations,
                 float(found["score"][i]),
                 verdicts,
+                image.cache_result,
+                image.steps_skipped,
             )
         )
     return rows, reading.features.cpu()

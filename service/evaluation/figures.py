@@ -14,7 +14,11 @@ TWINS_BY = ("objects", "all")  # metrics by which other wordings are compared wi
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One picture. verdicts: metric -> right or not; only metrics of which the record says something."""
+    """One picture.
+
+    verdicts: metric -> right or not; only metrics of which the record says something.
+    cache: "hit", "miss" or "bypass", as a reply has it. steps_skipped: rows of its plan that a hit left out.
+    """
 
     line: int
     id: str
@@ -25,6 +29,8 @@ class Judged:
     evaluations: int
     score: float  # cosine of picture and prompt
     verdicts: dict[str, bool]
+    cache: str = "bypass"
+    steps_skipped: int = 0
 
 
 class Share(NamedTuple):
@@ -80,6 +86,15 @@ class Evaluation:
     notes: list[str]
 
     @property
+    def hit_rate(self) -> float:
+        """Share of all pictures that started from a latent of the cache."""
+        return sum(row.cache == "hit" for row in self.rows) / len(self.rows)
+
+    @property
+    def steps_skipped_per_picture(self) -> float:
+        return sum(row.steps_skipped for row in self.rows) / len(self.rows)
+
+    @property
     def seconds_per_picture(self) -> float:
         return self.wall_s / len(self.rows)
 
@@ -89,6 +104,7 @@ class Evaluation:
             "settings": self.settings,
             "pictures": pictures,
             "evaluations_per_picture": self.evaluations_per_picture,
+            "cache": {"hit_rate": self.hit_rate, "steps_skipped_per_picture": self.steps_skipped_per_picture},
             "seconds_per_picture": self.seconds_per_picture,
             "engine_seconds_per_picture": self.engine_s / pictures,
             "pictures_per_second": pictures / self.wall_s,

@@ -89,6 +89,9 @@ def table(model: str, evaluation: Evaluation, metrics: Sequence[str] | None) -> 
         f"{pictures / evaluation.wall_s:.3g} pictures/s"
     )
     chosen = evaluation.settings
+    if chosen["cache"] != "bypass":
+        skipped = f"{evaluation.steps_skipped_per_picture:.3g} of {chosen['steps']} steps skipped a picture"
+        text.append(f"cache ({chosen['cache']}): {percent(evaluation.hit_rate)} hits, {skipped}")
     loras = "".join(f", LoRA {name} at {scale:g}" for name, scale in chosen["loras"].items())
     title = (
         f"{model}: {chosen['sampler']}, {chosen['steps']} steps, guidance {chosen['guidance_scale']:g}{loras}, "

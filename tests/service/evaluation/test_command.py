@@ -222,3 +222,30 @@ def test_a_process_of_its_own(home: Path, tmp_path: Path) -> None:
         [sys.executable, "-m", "service", *arguments], capture_output=True, text=True, timeout=60, check=False
     )
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "headstart: /dev/null: has no prompts\n")
+
+
+def test_with_the_cache(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a run has left, a second one starts from; without a word of the cache it is left alone."""
+    cache = ["--cache-folder", str(tmp_path / "latents")]
+    drawn = ["--sampler", "ddim", "--steps", "10", *cache, "--quiet", "--out", str(tmp_path / "out")]
+    runs = [["--cache", "refresh"], ["--cache", "use"], []]
+    found = []
+    for run in runs:
+        assert evaluated(home, *drawn, *run) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        found.append((results["settings"]["cache"], results["cache"], results["evaluations_per_picture"]))
+    assert [mode for mode, *_ in found] == ["refresh", "use", "bypass"]
+    assert [cache["hit_rate"] for _, cache, _ in found] == [0, 1, 0]
+    skipped = [cache["steps_skipped_per_picture"] for _, cache, _ in found]
+    assert skipped == [0, pytest.approx((found[0][2] - found[1][2]) / 2), 0]
+    assert skipped[1] > 0
+    printed = capsys.readouterr().out
+    assert f"cache (use): 100.0% hits, {skipped[1]:.3g} of 10 steps skipped a picture" in printed
+
+
+def test_a_cache_that_cannot_be_had(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADSTART_CACHE", "off")
+    assert evaluated(home, "--cache", "use", "--out", str(tmp_path)) == 2
+    assert told(capsys) == "--cache: use is not allowed; tiny-bundle has no cache with these settings"

@@ -66,7 +66,14 @@ def test_every_prompt_is_drawn_and_judged_once_in_order(easel: Easel) -> None:
     )
     assert kept == [(each.record["prompt"], each.record["seed"], (64, 64, 3)) for each in PROMPTS]
     assert [row.id for row in found.rows] == [each.record["id"] for each in PROMPTS]
-    assert found.settings == {"sampler": "ddim", "steps": 2, "guidance_scale": 3.0, "size": "64x64", "loras": {}}
+    assert found.settings == {
+        "sampler": "ddim",
+        "steps": 2,
+        "guidance_scale": 3.0,
+        "size": "64x64",
+        "loras": {},
+        "cache": "bypass",
+    }
     assert found.evaluations_per_picture == 4  # two steps, each with a negative branch
     assert {name: figures.n for name, figures in found.groups.items()} == {"even": 4, "odd": 3}
     assert found.overall.n == COUNT
@@ -95,7 +102,7 @@ def test_few_pictures_are_held_at_a_time(easel: Easel, monkeypatch: pytest.Monke
     draw = easel.draw
     monkeypatch.setattr(easel, "draw", lambda requests, *more: drawn.append(len(requests)) or draw(requests, *more))
     parts = evaluate(easel, StandIn(), PROMPTS, TEMPLATE)
-    assert drawn == [1, 3, 3, 1]  # the first is the warm-up
+    assert drawn == [3, 3, 1]
     assert [row.score for row in parts.rows] == pytest.approx([row.score for row in whole.rows], abs=1e-3)
 
 
