@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -165,7 +166,9 @@ def _switch() -> Kind:
 def _path(allowed: str) -> Kind:
     def check(value: object) -> Path:
         _refuse_unless(isinstance(value, str) and value != "" and "\0" not in value)
-        return Path(cast(str, value)).expanduser()
+        path = os.path.expanduser(cast(str, value))
+        _refuse_unless(not path.startswith("~"))  # a user that there is not
+        return Path(path)
 
     return Kind(allowed, check, check)
 

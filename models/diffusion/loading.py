@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -296,7 +297,7 @@ def _load_loras(lora_set: LoraSet, files: Sequence[tuple[str, Path]]) -> LoraSet
 
 
 def _lora_file(file: str, cache_dir: Path) -> Path:
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     if path.exists() or not HUB_ID.fullmatch(file):
         return path
     folder = snapshot(file, None, cache_dir, ["*.safetensors"])

@@ -44,7 +44,7 @@ def resolve_source(source: str, revision: str | None, cache_dir: Path) -> Source
         manifest = registry.verify(source, cache_dir, roots=registry.ROOTS)
         folder = assembled_folder(manifest, cache_dir)
         return Source(manifest.name, str(folder), folder, manifest.version)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return Source(path.resolve().name, str(path), path, "local")
     if HUB_ID.fullmatch(source) and not path.exists():

@@ -8,6 +8,8 @@ from typing import Any, Self
 
 from models.errors import ModelError
 
+STEM_GROUP = 8  # channels in a group of the stem's group normalisation
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -46,6 +48,8 @@ class Sizes:
                 raise ModelError(f"{where}: {name} must be a whole number above 0, not {value!r}")
             kept[name] = tuple(listed) if name == "stem" else value
         sizes = cls(**kept)
+        if any(channels % STEM_GROUP for channels in sizes.stem):
+            raise ModelError(f"{where}: stem must be multiples of {STEM_GROUP}, not {[*sizes.stem]}")
         if sizes.side % sizes.patch or sizes.width % sizes.heads:
             raise ModelError(f"{where}: side {sizes.side} and width {sizes.width} do not divide into tokens and heads")
         return sizes
@@ -65,9 +69,9 @@ class Thresholds:
     def parse(cls, values: Mapping[str, Any], where: object) -> Self:
         """Thresholds from JSON. Raises ModelError, which begins with `where`."""
         present, extra = values.get("present"), values.get("extra")
-        if not isinstance(present, float) or not isinstance(extra, float) or not (present > 0 and extra > 0):
+        if not (isinstance(present, int | float) and isinstance(extra, int | float) and present > 0 and extra > 0):
             raise ModelError(f"{where}: present and extra must be numbers above 0, not {present!r} and {extra!r}")
-        return cls(present, extra)
+        return cls(float(present), float(extra))
 
 
 @dataclass(frozen=True, slots=True)

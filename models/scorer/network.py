@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
-from models.scorer.config import Sizes, Vocabulary
+from models.scorer.config import STEM_GROUP, Sizes, Vocabulary
 
-_GROUP = 8  # channels in a group of the stem's group normalisation
 _GEOMETRY = 5  # an object's centre, its spread across and down, the root of its area
 _QUIET = -5.0  # first log-density of a patch: a few objects over a few hundred patches
 
@@ -53,7 +52,7 @@ class Residual(nn.Module):
 
 def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, nn.Module, nn.Module]:
     conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-    return conv, nn.GroupNorm(outputs // _GROUP, outputs), nn.GELU()
+    return conv, nn.GroupNorm(outputs // STEM_GROUP, outputs), nn.GELU()
 
 
 def build_stem(sizes: Sizes) -> nn.Sequential:

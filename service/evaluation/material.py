@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -74,7 +75,7 @@ def open_material(
 
 def _home(settings: ModelSettings) -> Path:
     if settings.model not in ROOTS:
-        own = Path(settings.model).expanduser()
+        own = Path(os.path.expanduser(settings.model))
         if (own / SCORER).is_dir():
             return own
     return bundle_path(settings.model if settings.model in ROOTS else "default", settings.cache_dir)

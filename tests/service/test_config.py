@@ -71,6 +71,7 @@ def test_loras_from_every_source(tmp_path: Path) -> None:
         ("--log-json", "perhaps", "true or false"),
         ("--max-batch", "0", "an integer from 1 to 256"),
         ("--cache-dir", "", "a folder"),
+        ("--cache-dir", "~no-such-user/models", "a folder"),
         ("--cache", "maybe", "true or false"),
         ("--cache-folder", "", "a folder"),
         ("--cache-budget", "2 gigs", "bytes, such as"),

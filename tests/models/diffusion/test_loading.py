@@ -232,6 +232,8 @@ def test_bad_arguments(whole: Path, arguments: dict[str, str], message: str) -> 
 
 
 def test_unknown_source(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="'~no-such-user/model' is neither a bundle"):
+        load_model("~no-such-user/model", cache_dir=tmp_path)
     with pytest.raises(ModelError, match="'no such model' is neither a bundle"):
         load_model("no such model", cache_dir=tmp_path)
 

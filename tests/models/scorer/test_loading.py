@@ -52,6 +52,11 @@ def _drop(path: Path) -> None:
         (lambda at: _edit(at / "scorer" / "config.json", layers=0), "layers must be a whole number above 0, not 0"),
         (lambda at: _edit(at / "scorer" / "config.json", stem="deep"), "stem must be"),
         (lambda at: _edit(at / "scorer" / "config.json", side=33), "do not divide"),
+        (lambda at: _edit(at / "scorer" / "config.json", stem=[4, 8]), r"stem must be multiples of 8, not \[4, 8\]"),
+        (
+            lambda at: _edit(at / "scorer" / "config.json", thresholds={"present": 1, "extra": -1}),
+            "must be numbers above 0, not 1 and -1",
+        ),
         (lambda at: _edit(at / "scorer" / "config.json", thresholds={"present": 0.5}), "must be numbers above 0"),
         (lambda at: _edit(at / "scorer" / "concepts.json", tints=[]), "tints must be a list of words"),
         (
