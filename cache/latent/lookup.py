@@ -269,18 +269,25 @@ class LatentCache:
         self._make_room(size)
         try:
             return self._store.put(header, latents)
-        except StoreFullError:  # what the store adds to an entry was more than the room left for it
+        except StoreFullError:
+            # The store took more for an entry than was thought, or has less room than the budget: Redis its own limit,
+            # LMDB pages that are free but apart. Each entry that does not fit makes more of it, until one does.
             self._make_room(2 * size)
+            self._evict(2 * size)
             return self._store.put(header, latents)
 
     def _make_room(self, size: int) -> None:
         """Evicts levels until `size` more bytes fit into the budget, or nothing is left."""
         while (excess := self._store.used_bytes + size - self._budget_bytes) > 0:
-            with self._changing:
-                gone = self._catalogue.evict(excess)
-            if not gone:
+            if not self._evict(excess):
                 return
-            self._erase(gone)
+
+    def _evict(self, size: int) -> bool:
+        """Evicts levels of this size at least; False: there are none."""
+        with self._changing:
+            gone = self._catalogue.evict(size)
+        self._erase(gone)
+        return bool(gone)
 
     def _erase(self, gone: Sequence[Gone]) -> None:
         """Removes from the store what has left the catalogue; what fails is tried again later."""

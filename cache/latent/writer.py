@@ -118,11 +118,10 @@ class Writer:
                 self._current = None
                 if removal is not None and self._removals and not isinstance(failure, StoreError):
                     self._removals.popleft()
-                if failure is not None and not self._changed.wait_for(lambda: self._closing, _RETRY_S):
-                    continue
-                if failure is not None:  # closing, with a store that fails
-                    self._give_up()
                 self._changed.notify_all()
+                if failure is not None and self._changed.wait_for(lambda: self._closing, _RETRY_S):
+                    self._give_up()  # closing, with a store that fails
+                    self._changed.notify_all()
 
     def _perform(self, removal: Gone | None) -> Exception | None:
         try:

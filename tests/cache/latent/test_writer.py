@@ -99,6 +99,18 @@ def test_what_is_not_the_stores_fault_does_not_end_the_thread_or_come_again(
     assert log.done == ["kept"]
 
 
+def test_who_waits_for_an_insert_that_fails_does_not_wait_for_the_next_attempt(
+    log: Log, start: Callable[[int], Writer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RETRY_S", 5.0)
+    writer = start(10)
+    log.raised = [StoreError("gone")]
+    writer.insert(insert("lost"))
+    began = time.monotonic()
+    assert writer.flush(10.0)
+    assert time.monotonic() - began < 4.0
+
+
 def test_closing_writes_what_waits(log: Log, start: Callable[[int], Writer]) -> None:
     writer = start(10)
     for i in range(5):
