@@ -333,6 +333,17 @@ def test_a_prompt_that_cannot_be_embedded_is_drawn(
     assert caplog.text.count("a prompt could not be embedded") == 1
 
 
+def test_faults_of_the_cache_are_a_metric(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cache.latent.lookup import LatentCache
+
+    monkeypatch.setattr(LatentCache, "find", lambda self, *given: 1 / 0)
+    with serving_cached(model, tmp_path) as url, client_of(url) as client:
+        assert [draw(client, prompt) for prompt in (RED, "two dogs")] == [MISS] * 2
+        lines = client.get("/metrics").text.splitlines()
+    assert 'headstart_cache_faults_total{kind="lookup"} 2.0' in lines
+    assert 'headstart_cache_faults_total{kind="late"} 0.0' in lines
+
+
 def test_a_request_that_is_refused_does_not_pay_for_its_embedding(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -315,6 +315,22 @@ def test_a_cache_that_fails_fails_no_request(caplog: pytest.LogCaptureFixture) -
     assert len([record for record in caplog.records if record.name == module.__name__]) == 1
 
 
+def test_faults_are_counted_and_observed_each_time_and_logged_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    observed: list[str] = []
+    guarded = module.GuardedStarts(Broken(), observed.append)
+    for _ in range(100):
+        assert guarded.marks(request("b"), plan_of("ddim", 5)) == frozenset()
+        now[0] += 1.5
+    assert guarded.faults == {"marks": 100}
+    assert observed == ["marks"] * 100
+    lines = [record.getMessage() for record in caplog.records if record.name == module.__name__]
+    assert lines == [f"cache: the latents to keep were not chosen ({count} faults so far)" for count in (1, 41, 81)]
+
+
 class Hanging(Shelf):
     """A Starts that answers when it is let."""
 
