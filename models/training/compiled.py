@@ -1,4 +1,4 @@
-"""torch.compile with a way out: a graph that fails to compile runs eagerly, and says so loudly.
+"""torch.compile and CUDA graphs with a way out: what fails to compile runs eagerly, and says so loudly.
 
 Compiling the UNet takes minutes. A rehearsal (a short run beside the real one) compiles each graph first into the
 shared inductor cache and leaves a marker file; the real run waits for the marker and then loads from the cache.
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from models.training.captured import Captured
 from models.training.distributed import Ranks
 
 LEAVE_MARKERS = "HEADSTART_LEAVE_MARKERS"
@@ -28,8 +29,10 @@ def enabled(ranks: Ranks) -> bool:
 
 
 class Compiled:
-    """A function compiled for fixed shapes. With `backward`, calling it also runs its first result's backward.
+    """A function compiled for fixed shapes, then captured. With `backward`, a call runs its first result's backward too.
 
+    `clear`: sets to zero the gradients that `backward` adds to. The first call uses it, after the calls that capturing
+    takes, so what others had added before is lost in that one step.
     `compiles`: False where it runs eagerly from the start and takes any shapes.
     `shared`: a rehearsal compiles this graph too; if not, it runs eagerly there.
     """
@@ -54,7 +57,8 @@ class Compiled:
         self._backward = backward
         self._clear = clear
         self._shared = shared
-        self._proven = not compiles
+        self._captures = compiles and not rehearsal
+        self._proven: Callable[..., Any] | None = None if compiles else self._run
 
     def _run(self, *arguments: torch.Tensor) -> Any:
         result = self._function(*arguments)
@@ -63,7 +67,7 @@ class Compiled:
         return result
 
     def __call__(self, *arguments: torch.Tensor) -> Any:
-        return self._run(*arguments) if self._proven else self._first(*arguments)
+        return self._proven(*arguments) if self._proven is not None else self._first(*arguments)
 
     def _first(self, *arguments: torch.Tensor) -> Any:
         """The first call, which compiles."""
@@ -74,18 +78,39 @@ class Compiled:
             result = self._run(*arguments)
             torch.cuda.synchronize()
         except Exception as error:  # whatever the compiler raises, eager still trains
-            self._ranks.warn(
-                f"compiling '{self._name}' failed, running it EAGERLY: {type(error).__name__}: {str(error)[:2000]}"
-            )
-            self._function = self._eager
-            if self._clear is not None:
-                self._clear()
+            self._warn("compiling", "running it EAGERLY", error)
+            self._function, self._captures = self._eager, False
+            self._forget()
             result = self._run(*arguments)
-        self._proven = True
+        self._proven = self._run
         self._ranks.log(f"compiled '{self._name}' in {time.time() - began:.0f} s")
+        if self._captures:
+            result = self._capture(arguments)
         if LEAVE_MARKERS in os.environ:
             (Path(os.environ[LEAVE_MARKERS]) / self._name).touch()
         return result
+
+    def _capture(self, arguments: tuple[torch.Tensor, ...]) -> Any:
+        """Capture what is compiled, if that can be; the result of one call of it."""
+        began = time.time()
+        proven: Callable[..., Any] = self._run
+        try:
+            proven = Captured(self._run, arguments)
+            self._ranks.log(f"captured '{self._name}' in {time.time() - began:.1f} s")
+        except Exception as error:  # uncaptured it trains as well, more slowly
+            self._warn("capturing", "running it UNCAPTURED", error)
+        self._forget()
+        self._proven = proven
+        return proven(*arguments)
+
+    def _forget(self) -> None:
+        """Take back what failed or repeated calls added to gradients."""
+        if self._clear is not None:
+            self._clear()
+
+    def _warn(self, what: str, instead: str, error: Exception) -> None:
+        text = f"{type(error).__name__}: {str(error)[:2000]}"
+        self._ranks.warn(f"{what} '{self._name}' failed, {instead}: {text}")
 
     def _await_marker(self) -> None:
         """Wait until the rehearsal has compiled this graph, is over, or has taken too long."""
