@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 
+from accel.kernels.choice import use_triton
 from accel.samplers.noise import gaussian
 
 
@@ -35,7 +33,7 @@ def sampler_step(
         rows: [B] int64, index of each row in its full plan.
         finite: [S] bool, and-ed with "every element of the new x is finite".
     """
-    if x.is_cuda and _has_triton():
+    if use_triton(x):
         from accel.kernels.sampler_step_triton import sampler_step_triton as step
     else:
         step = sampler_step_reference
@@ -66,8 +64,3 @@ def sampler_step_reference(
     x[slots] = updated
     previous[slots] = denoised
     finite[slots] &= updated.isfinite().flatten(1).all(1)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
