@@ -29,7 +29,7 @@ def enabled(ranks: Ranks) -> bool:
 
 
 class Compiled:
-    """A function compiled for fixed shapes, then captured. With `backward`, a call runs its first result's backward too.
+    """A function compiled for fixed shapes, then captured. With `backward`, a call runs its first result's too.
 
     `clear`: sets to zero the gradients that `backward` adds to. The first call uses it, after the calls that capturing
     takes, so what others had added before is lost in that one step.
