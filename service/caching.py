@@ -39,7 +39,7 @@ class CacheStarts:
         rows = [row.alpha for row in plan.rows]
         space, embedding = self._space(request), _embedding(_intent(request))
         found = self._cache.find(space, embedding, family_of(request.sampler), rows, request.n, request.seed)
-        return [each and Start(each.latent, each.alpha, each.similarity) for each in found]
+        return [each and Start(each.latent, each.alpha, each.similarity, each.row) for each in found]
 
     def marks(self, request: ImageRequest, plan: Plan) -> list[int]:
         """Every inner row of a short plan; of a longer one, those at the levels of KEPT, or just before them.

@@ -7,6 +7,7 @@ neighbour may be entered, and reads the latents that save most. Whatever fails i
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 import time
@@ -44,11 +45,12 @@ _PURGE_WAIT_S = 5.0
 
 
 class Found(NamedTuple):
-    """A latent to start from."""
+    """A latent to start from, re-noised to where the plan is entered."""
 
     id: int
     latent: NDArray[np.float16]  # [C, h, w]
     alpha: float
+    row: int  # of the plan
     similarity: float
 
 
@@ -154,8 +156,8 @@ class LatentCache:
         """A start for each of `count` pictures of one prompt, different ones as far as there are; None: from scratch.
 
         embedding: [D], unit norm. family: of the sampler, as the policy names it. rows: alpha of each row of the
-        request's plan, ascending; a start lets the picture enter at row 1 or later, at the last one whose alpha is not
-        above its own. rng_seed: what the choice among near-equal candidates depends on.
+        request's plan, ascending; a start lets the picture enter at row 1 or later, whose alpha is not above its own.
+        rng_seed: what the choice among near-equal candidates depends on.
         """
         figures = self._catalogue.tenant(space.tenant).figures
         if self._closed or time.monotonic() < self._store_rests_until:
@@ -183,7 +185,7 @@ class LatentCache:
         starts = [found[picture % len(found)] for picture in range(count)]
         for start in starts:
             self._catalogue.hit(start.id, start.alpha)
-            figures.hit(round(self.policy.steps(start.alpha)), _row_at(rows, start.alpha))
+            figures.hit(round(self.policy.steps(start.alpha)), start.row)
         return list(starts)
 
     def _options(
@@ -191,15 +193,21 @@ class LatentCache:
     ) -> list[_Option]:
         """What may be started from, the best first: most rows saved, then most similar, near-equal ones shuffled."""
         options = []
+        kept = math.sqrt(1 - self.policy.fresh.get(family, 0.0))  # of a latent's signal, at most
         for entry, similarity in self._catalogue.nearest(space, embedding, self._candidates, self._clock()):
             deepest = self.policy.deepest(family, similarity)
             if deepest is None:
                 continue
-            allowed = [alpha for alpha in entry.levels if alpha <= deepest + _ALPHA_TOLERANCE]
-            row = _row_at(rows, allowed[-1]) if allowed else 0
+            # A level past the deepest is of use only where it makes room for fresh noise.
+            entered = {
+                alpha: _row_at(rows, min(deepest, kept * alpha))
+                for alpha in entry.levels
+                if kept < 1 or alpha <= deepest + _ALPHA_TOLERANCE
+            }
+            row = max(entered.values(), default=0)
             if row >= 1:
                 # Of the levels that enter at one row, the noisiest needs least re-noising.
-                alpha = next(alpha for alpha in allowed if _row_at(rows, alpha) == row)
+                alpha = next(alpha for alpha in entered if entered[alpha] == row)
                 options.append(_Option(entry, alpha, row, similarity))
         options.sort(key=lambda option: (-option.row, -option.similarity))
         near = sum(
@@ -222,7 +230,7 @@ class LatentCache:
                 self._writer.remove([(option.entry.id, option.alpha)])
                 continue
             row = option.row
-            found.append(Found(option.entry.id, latent, option.alpha, option.similarity))
+            found.append(Found(option.entry.id, latent, option.alpha, row, option.similarity))
         return found
 
     # -- inserts

@@ -32,6 +32,9 @@ class Policy:
     source: where the bins come from, for the log: "calibrated" or "NIRVANA".
     target: quality relative to from-scratch pictures that the bins were chosen to keep; None for published thresholds.
     figures: what was measured on the way; kept with the policy, never read here.
+    fresh: for a family, the least share of a start's variance that has to be noise of the request's own seed; none
+        unless named here. Without it, all that start from one latent with a solver that adds no noise are one picture.
+        It costs rows: the plan is entered earlier than the latent would allow.
     """
 
     families: Mapping[str, Bins]
@@ -39,6 +42,7 @@ class Policy:
     source: str
     target: float | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
+    fresh: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ordered = sorted(self.levels)
@@ -53,6 +57,10 @@ class Policy:
                 raise PolicyError(f"families.{family}: similarities have to ascend, between -1 and 1")
             if not all(0 < alpha < 1 for _, alpha in bins):
                 raise PolicyError(f"families.{family}: alphas have to be between 0 and 1")
+
+        for family, share in self.fresh.items():
+            if not 0 <= share < 1:
+                raise PolicyError(f"fresh.{family}: {share:g} is not allowed; from 0 to below 1")
 
     def deepest(self, family: str, similarity: float) -> float | None:
         """The greatest alpha that a latent of a prompt this similar may have; None: draw from scratch."""
@@ -73,6 +81,7 @@ class Policy:
             "levels": {str(k): alpha for k, alpha in self.levels.items()},
             "families": {family: [list(bin) for bin in bins] for family, bins in self.families.items()},
             "figures": dict(self.figures),
+            "fresh": dict(self.fresh),
         }
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -92,6 +101,7 @@ class Policy:
                 source=str(content["source"]),
                 target=None if content["target"] is None else float(content["target"]),
                 figures=dict(content["figures"]),
+                fresh={family: float(share) for family, share in content.get("fresh", {}).items()},
             )
         except KeyError as error:
             raise PolicyError(f"{path}: {error} is missing") from None

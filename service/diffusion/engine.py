@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from accel.memory.latents import LatentSlots
-from accel.samplers.library import build_plan, entry_row
+from accel.samplers.library import build_plan
 from accel.samplers.plans import Plan
 from accel.samplers.schedules import ConsistencySchedule
 from models.diffusion.model import Condition, DiffusionModel, ModelCard
@@ -213,7 +213,7 @@ class DiffusionEngine:
             job.lookup_s += seconds
             for picture, start in zip(job.pictures, of_job, strict=True):
                 if start is not None:
-                    first = entry_row(plan.rows, start.alpha)
+                    first = start.entry(plan.rows)
                     late = self._plan(
                         request.sampler, request.loras, request.steps, request.eta, request.timesteps, first
                     )

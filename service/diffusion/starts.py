@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from accel.samplers.library import entry_row
-from accel.samplers.plans import Plan
+from accel.samplers.plans import Plan, Row
 from service.diffusion.request import ImageRequest
 
 log = logging.getLogger(__name__)
@@ -34,16 +34,21 @@ class Start(NamedTuple):
     latent: np.ndarray  # [C, h, w] float16
     alpha: float  # signal scale, above 0
     similarity: float  # cosine
+    row: int | None = None  # where the plan is entered; None: as late as the latent allows
+
+    def entry(self, rows: Sequence[Row]) -> int:
+        """The row of the plan that it enters, to which it is re-noised under the picture's own seed; 0: it cannot."""
+        last = entry_row(rows, self.alpha)
+        if self.row is None:
+            return last
+        return self.row if 0 < self.row <= last else 0
 
 
 class Starts(Protocol):
     """Where latents come from and go to. Called from two threads, never from two at once."""
 
     def find(self, request: ImageRequest, plan: Plan) -> Sequence[Start | None]:
-        """One for each picture of a request that looks (`request.cache.look`); None for those that start from noise.
-
-        A start enters the plan at `entry_row` of its alpha.
-        """
+        """One for each picture of a request that looks (`request.cache.look`); None for those that start from noise."""
         ...
 
     def marks(self, request: ImageRequest, plan: Plan) -> Sequence[int]:
@@ -128,8 +133,8 @@ class GuardedStarts:
         return [start if start is None or self._usable(start, plan, shape) else None for start in found]
 
     def _usable(self, start: Start, plan: Plan, shape: Shape) -> bool:
-        latent, alpha, _ = start
-        fits = latent.shape == shape and 0 < alpha <= 1 and entry_row(plan.rows, alpha) > 0
+        latent, alpha = start.latent, start.alpha
+        fits = latent.shape == shape and 0 < alpha <= 1 and start.entry(plan.rows) > 0
         if not fits or not np.isfinite(latent).all():
             what = f"a start of shape {latent.shape} at alpha {alpha:g} does not fit a picture of shape {shape}"
             self._fault("unusable", what)

@@ -75,6 +75,26 @@ def test_a_picture_starts_from_what_a_like_prompt_left(cache: LatentCache) -> No
     assert cache.stats("t").counts["hit"] == 2
 
 
+@pytest.mark.parametrize("fresh", [0.0, 0.3])
+def test_a_prompt_asked_again_gets_pictures_of_their_own_where_the_policy_has_fresh_noise(
+    cache: LatentCache, fresh: float
+) -> None:
+    cache.policy = replace(cache.policy, families={"solver": ((0.9, LEVELS[25]),)}, fresh={"solver": fresh})
+    plan = build_plan("ddim", ToyModel().schedule("ddim"), 50, spacing="leading")
+    # A latent at the level of a row, as plans of the calibrated sampler leave them: nothing else would re-noise it.
+    latent = np.random.default_rng(0).standard_normal((CHANNELS, 4, 4)).astype(np.float16)
+    first = asked("a")
+    CacheStarts(cache, ToyModel(), "toy@1").keep(first, {plan.rows[24].alpha: latent})
+    assert cache.flush(30)
+    again = [asked(f"{seed}", prompt="a fox", seed=seed) for seed in range(10, 14)]
+    pictures = draw(cache, *again, asked("n", prompt="a fox", n=4, seed=20))
+    assert {image.cache_result for image in pictures} == {"hit"}
+    different = {np.asarray(image.pixels).tobytes() for image in pictures}
+    assert len(different) == (8 if fresh else 1)
+    skipped = {image.steps_skipped for image in pictures}
+    assert skipped == {24} if not fresh else max(skipped) < 24
+
+
 def test_another_sampler_enters_at_its_own_row_under_its_own_policy(cache: LatentCache) -> None:
     _, euler, lcm = draw(cache, asked("a"), asked("b", sampler="euler", steps=20), asked("c", sampler="lcm", steps=8))
     assert (euler.cache_result, lcm.cache_result) == ("hit", "hit")

@@ -137,6 +137,31 @@ def test_a_hole_falls_to_the_next_smaller_level(open_cache: Open) -> None:
     assert found.alpha == 0.3
 
 
+@pytest.mark.parametrize(
+    ("fresh", "similarity", "start"),
+    [
+        (0.0, 0.97, (0.5, 5)),
+        (0.0, 0.92, (0.4, 4)),
+        (0.1, 0.97, (0.5, 4)),  # 0.38 of row 4 leaves 42% of the variance to fresh noise
+        (0.1, 0.92, (0.5, 4)),  # deeper than what may be entered at, for the noise
+        (0.4, 0.92, (0.5, 4)),
+        (0.5, 0.97, (0.4, 3)),
+        (0.7, 0.97, (0.4, 2)),
+        (0.99, 0.97, None),
+    ],
+)
+def test_fresh_noise_is_bought_with_rows(
+    open_cache: Open, fresh: float, similarity: float, start: tuple[float, int] | None
+) -> None:
+    cache = open_cache()
+    cache.policy = dataclasses.replace(POLICY, fresh={"solver": fresh})
+    put(cache, "a red circle", unit(0))
+    (found,) = cache.find(SPACE, at(similarity), "solver", ROWS, 1, 0)
+    assert (None if found is None else (found.alpha, found.row)) == start
+    if found is not None:
+        assert 1 - (ROWS[found.row] / found.alpha) ** 2 >= fresh
+
+
 def test_more_rows_saved_come_before_more_similarity(open_cache: Open) -> None:
     cache = open_cache()
     cache.insert(SPACE, "shallow", unit(0), latents(0.0, alphas=(0.1,)))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ def test_a_level_is_worth_its_k() -> None:
 
 
 def test_a_policy_comes_back_from_its_file(tmp_path: Path) -> None:
-    CALIBRATED.save(tmp_path / "policy.json")
-    assert Policy.load(tmp_path / "policy.json") == CALIBRATED
+    for policy in (CALIBRATED, replace(CALIBRATED, fresh={"solver": 0.25})):
+        policy.save(tmp_path / "policy.json")
+        assert Policy.load(tmp_path / "policy.json") == policy
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,10 @@ def test_a_policy_comes_back_from_its_file(tmp_path: Path) -> None:
         {"families": []},
         {"target": "high"},
         {"figures": 3},
+        {"fresh": {"solver": 1.0}},
+        {"fresh": {"solver": -0.1}},
+        {"fresh": {"solver": "much"}},
+        {"fresh": [0.1]},
     ],
 )
 def test_a_file_that_is_no_policy_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
