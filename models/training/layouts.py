@@ -15,6 +15,9 @@ _FACTORS = (1.0, 0.6, 1.4)  # of the usual scale: unsaid, SMALL, LARGE
 _BESIDE_LARGE = (0.8, 0.6, 1.12)  # the same where one of two is LARGE, so that both still fit
 _LIFT, _SHRINK = 1.1, 0.86  # of one object above another, for a clear gap: it does not stand on it
 _ALONE = 0.64
+# Side of a latent of a picture of 256 pixels, in units of half the picture. Squares begin and end on this grid: the
+# same drawing then has the same latents wherever it stands, and there is less to learn (see `_on_grid`).
+_CELL = 1 / 16
 
 Place = tuple[float, float, float]
 
@@ -90,6 +93,13 @@ def _table() -> list[list[list[tuple[Place, ...]]]]:
     return table
 
 
+def _on_grid(places: torch.Tensor) -> torch.Tensor:
+    """Places [B, P, 3] near these, no larger, whose squares are whole cells of the grid, inside the picture."""
+    scale = (places[..., 2:] * (2 / _CELL)).floor().clamp(min=1) * (_CELL / 2)
+    corner = ((places[..., :2] - scale) / _CELL).round() * _CELL
+    return torch.cat([torch.minimum(corner.clamp(min=-1), 1 - 2 * scale) + scale, scale], -1)
+
+
 class Layouts:
     """The table of arrangements on a device."""
 
@@ -149,7 +159,10 @@ class Layouts:
         reach = turn.cos().abs() + turn.sin().abs()
         scale = torch.minimum(scale, 1 / reach)
         room = 1 - scale * reach
-        return torch.stack([torch.minimum(torch.maximum(x, -room), room), y.clamp(min=-room, max=room), scale], -1)
+        places = torch.stack([torch.minimum(torch.maximum(x, -room), room), y.clamp(min=-room, max=room), scale], -1)
+        # What is turned has latents of its own anyway, and what overlaps must go on doing so, as far as it does.
+        free = (turn != 0) | (relation >= BEHIND)[:, None]
+        return torch.where((free | (scale <= 0))[..., None], places, _on_grid(places))
 
     @staticmethod
     def _overlapping(

@@ -30,7 +30,7 @@ _TINTED = 0.12  # of tintable subjects, besides those of RECOLOURED
 _SAID_SIZE = 0.12  # of the subjects of a pair
 _STYLED = 0.78
 _NAMED = 0.93
-_TURN = 0.16
+_STILL, _TURN = 0.75, 0.16  # share of the objects that are not turned; radians, at most, of the others
 _CONTRAST = 0.3  # between the two colours of a ground, at least, as a distance in the unit cube
 
 _HELD_OUT_COLOURS, _HELD_OUT_TINTS, _HELD_OUT_PAIRS = 0.05, 0.1, 0.05
@@ -250,7 +250,7 @@ class Stage:
         chosen = (torch.rand(total, 2, device=self.device) * kinds).long().minimum(kinds - 1)
         drawing = self._rows[concept, style[:, None], chosen].gather(1, group)
         standing = (ground == GRASS) | (ground == SAND) | (ground == TABLE)
-        still = self._chance(0.4, total, PLACEMENTS) | (relation == ON)[:, None]
+        still = self._chance(_STILL, total, PLACEMENTS) | (relation == ON)[:, None]
         reach = torch.where(standing, _TURN / 3, _TURN)[:, None]
         turn = torch.where(still, 0.0, (torch.rand(total, PLACEMENTS, device=self.device) * 2 - 1) * reach)
         mirror = self._chance(0.5, total, PLACEMENTS) & self._flips[concept].gather(1, group)
