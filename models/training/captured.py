@@ -15,27 +15,26 @@ _WARM_UPS = 2
 
 
 @cache
-def _pool() -> Any:
-    """One memory pool for every graph of the process: no two run at once, and no result outlives a call's copy."""
-    return torch.cuda.graph_pool_handle()
-
-
-def _copied(result: Any) -> Any:
-    return tree_map(lambda value: value.detach().clone(), result)
+def _ground() -> tuple[Any, torch.cuda.Stream]:
+    """Memory pool and stream of every graph of the process: no two run at once, and results are copied out at once."""
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
 
 class Captured:
     """`function`, captured on these arguments; calls take others of the same shapes, dtypes and devices.
 
+    It returns tensors without gradients, one or several in tuples.
+
     What the function does beside returning, such as adding to gradients, it does at every call; while it is captured,
-    it does so a few times as well.
+    it does so a few times as well. No autograd graph of an earlier call may be alive: its nodes belong to another
+    stream, which must not enter a capture.
 
     Raises what the function or the capture raises, with nothing left half captured.
     """
 
     def __init__(self, function: Callable[..., Any], arguments: tuple[torch.Tensor, ...]) -> None:
         self._arguments = [argument.clone() for argument in arguments]
-        stream = torch.cuda.Stream()
+        pool, stream = _ground()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
@@ -45,12 +44,12 @@ class Captured:
         torch.cuda.empty_cache()  # what the warm-up held, the graph's own pool takes anew
         self._graph = torch.cuda.CUDAGraph()
         # Other threads may call CUDA meanwhile: NCCL's watchdog does.
-        with torch.cuda.graph(self._graph, pool=_pool(), stream=stream, capture_error_mode="thread_local"):
-            self._result = tree_map(torch.Tensor.detach, function(*self._arguments))
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._result = function(*self._arguments)
 
     def __call__(self, *arguments: torch.Tensor) -> Any:
         """The function's result, as tensors of the caller's own."""
         for own, given in zip(self._arguments, arguments, strict=True):
             own.copy_(given)
         self._graph.replay()
-        return _copied(self._result)
+        return tree_map(torch.Tensor.clone, self._result)

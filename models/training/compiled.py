@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from models.training.captured import Captured
 from models.training.distributed import Ranks
@@ -62,9 +63,10 @@ class Compiled:
 
     def _run(self, *arguments: torch.Tensor) -> Any:
         result = self._function(*arguments)
-        if self._backward:
-            result[0].backward()
-        return result
+        if not self._backward:
+            return result
+        result[0].backward()
+        return tree_map(torch.Tensor.detach, result)  # the autograd graph ends here: see `Captured`
 
     def __call__(self, *arguments: torch.Tensor) -> Any:
         return self._proven(*arguments) if self._proven is not None else self._first(*arguments)
