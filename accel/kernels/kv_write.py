@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import torch
 
+from accel.kernels.choice import use_triton
+
 
 def kv_write(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
     """Row i of k and v goes to row slots[i] of the cache; a row with a negative slot is skipped.
 
     Args:
-        k, v: [T, Hkv, D]; heads contiguous, rows at any stride (a slice of a fused projection).
+        k, v: [T, Hkv, D]; at any stride (slices of a fused projection).
         keys, values: [..., Hkv, D] whose leading dimensions flatten without a copy: pages and places in them
             ([N, S, Hkv, D]), or sequences and positions ([slots, Lmax, Hkv, D]). Of k's dtype.
         slots: [T] int64, distinct where not negative.
     """
-    kv_write_reference(k, v, rows_of(keys), rows_of(values), slots)
+    if use_triton(k):
+        from accel.kernels.kv_write_triton import kv_write_triton as write
+    else:
+        write = kv_write_reference
+    write(k, v, rows_of(keys), rows_of(values), slots)
 
 
 def rows_of(cache: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from accel.kernels.choice import use_triton
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise each row. Computed in float32 and rounded once, to x's dtype.
@@ -16,7 +18,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         [T, H], of x's dtype.
     """
-    return rms_norm_reference(x, weight, eps)
+    if use_triton(x):
+        from accel.kernels.rms_norm_triton import rms_norm_triton as norm
+    else:
+        norm = rms_norm_reference
+    return norm(x, weight, eps)
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -30,7 +36,11 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     Returns:
         [T, H], of x's dtype.
     """
-    return add_rms_norm_reference(x, residual, weight, eps)
+    if use_triton(x):
+        from accel.kernels.rms_norm_triton import add_rms_norm_triton as add_norm
+    else:
+        add_norm = add_rms_norm_reference
+    return add_norm(x, residual, weight, eps)
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

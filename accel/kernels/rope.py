@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from accel.kernels.choice import use_triton
+
 
 @dataclass(frozen=True)
 class LinearScaling:
@@ -73,11 +75,15 @@ def rope(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, positions: torch
     """Rotate queries and keys in place. Computed in float32 and rounded once.
 
     Args:
-        q: [T, Hq, D]; k: [T, Hkv, D]. Heads contiguous, rows at any stride (slices of a fused projection).
+        q: [T, Hq, D]; k: [T, Hkv, D]. At any stride (slices of a fused projection).
         table: [P, D] float32, of `rope_table`.
         positions: [T] int64, each less than P.
     """
-    rope_reference(q, k, table, positions)
+    if use_triton(q):
+        from accel.kernels.rope_triton import rope_triton as turn
+    else:
+        turn = rope_reference
+    turn(q, k, table, positions)
 
 
 def rope_reference(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, positions: torch.Tensor) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from accel.kernels.choice import use_triton
+
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of the two halves of each row.
@@ -15,7 +17,11 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     Returns:
         [T, F], of the same dtype.
     """
-    return swiglu_reference(gate_up)
+    if use_triton(gate_up):
+        from accel.kernels.swiglu_triton import swiglu_triton as gated
+    else:
+        gated = swiglu_reference
+    return gated(gate_up)
 
 
 def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
