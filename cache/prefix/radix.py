@@ -193,7 +193,8 @@ class RadixTree:
         leaf = Node(tokens, parent.end, pages, parent, parent.salt, self._clock)
         for page in pages:
             self._pool.share(page)
-        if parent.end % self._pool.page_size:  # its last page is the beginning of the leaf's first: one will do
+        if parent.end % self._pool.page_size and self._pool.writable(parent.pages[-1]):
+            # No one else has the parent's last page, and the leaf's first begins with the same tokens: one will do.
             self._pool.share(pages[0])
             self._pool.release(parent.pages[-1])
             parent.pages[-1] = pages[0]
