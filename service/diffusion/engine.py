@@ -31,10 +31,11 @@ from service.diffusion.request import (
     Started,
     State,
 )
-from service.diffusion.runner import Runner, explained
+from service.diffusion.runner import Runner
 from service.diffusion.scheduler import Scheduler
 from service.diffusion.starts import GuardedStarts, Starts, Wanted
 from service.errors import DeadlineError, HeadstartError, InputError
+from service.faults import explained
 
 DECODE_BATCH = 4
 

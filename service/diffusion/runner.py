@@ -22,15 +22,14 @@ from accel.samplers.library import renoise
 from accel.samplers.noise import ENTRY_ROW, INITIAL_ROW, gaussian
 from models.diffusion.denoiser import to_device
 from models.diffusion.model import Condition, Denoiser, DiffusionModel, as_array
-from models.errors import ModelError
 from service.diffusion.picture import Arriving, Bucket, Picture, Tick
 from service.diffusion.request import ImageRequest
 from service.diffusion.staging import Staging
 from service.errors import HeadstartError, NonFiniteError, OutOfMemoryError
+from service.faults import explained
 
 log = logging.getLogger(__name__)
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of drivers, the CPU's allocator, cuBLAS
 CEILING_TICKS = 1000  # a batch ceiling is tried again after so many ticks: the memory's other user may have left
 
 
@@ -227,24 +226,6 @@ class Runner:
     def _free_memory(self) -> None:
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def explained(error: Exception, doing: str) -> HeadstartError:
-    """What a caller is told about an exception; the log gets the rest.
-
-    Raises:
-        torch.AcceleratorError: the device itself has failed, and with it everything that this process has on it.
-    """
-    if isinstance(error, HeadstartError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
-        return OutOfMemoryError(f"out of memory in {doing}")
-    if isinstance(error, torch.AcceleratorError):
-        raise error
-    if isinstance(error, ModelError):
-        return HeadstartError(f"{doing} failed: {error}")
-    log.error("%s failed", doing, exc_info=error)
-    return HeadstartError(f"{doing} failed: {type(error).__name__}")
 
 
 def _mixture(picture: Picture) -> tuple[float, float]:
