@@ -6,7 +6,7 @@ An engine's step is
     tokens = run(batch)                       # one for each of batch.outputs
     scheduler.commit(batch, tokens)           # ends choices by length and by end-of-sequence tokens
     scheduler.finish(sequence, "stop")        # for those whose text holds a stop string
-    scheduler.collect()                       # choices and requests that have ended and may be told of
+    scheduler.collect()                       # choices and requests that have ended, also when there was no batch
 
 with `add`, `end`, `expired` and `jobs` between steps.
 
