@@ -11,6 +11,11 @@ from collections.abc import Sequence
 import torch
 
 
+def page_bytes(layers: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one page's keys and values in all layers."""
+    return layers * 2 * page_size * kv_heads * head_dim * dtype.itemsize
+
+
 class PagedKV:
     """`pages` pages of `page_size` tokens' keys and values, in all layers; zeros at first.
 
@@ -38,11 +43,6 @@ class PagedKV:
         self._memory = torch.zeros(layers, 2, pages, page_size, kv_heads, head_dim, dtype=dtype, device=device)
         self.keys = [layer[0] for layer in self._memory]
         self.values = [layer[1] for layer in self._memory]
-
-    @staticmethod
-    def page_bytes(layers: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes of one page's keys and values in all layers."""
-        return layers * 2 * page_size * kv_heads * head_dim * dtype.itemsize
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages (from, to) in all layers, as if one pair after the other.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from accel.memory.paged_kv import HostPages, PagedKV
+from accel.memory.paged_kv import HostPages, PagedKV, page_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,7 +31,7 @@ def test_layers_are_views_of_one_allocation_of_the_size_that_budgets_count_with(
     assert all(not tensor.any() for tensor in [*kv.keys, *kv.values])
     storages = {tensor.untyped_storage().data_ptr() for tensor in [*kv.keys, *kv.values]}
     assert len(storages) == 1
-    assert kv.keys[0].untyped_storage().nbytes() == 7 * PagedKV.page_bytes(3, 16, 2, 8, torch.bfloat16)
+    assert kv.keys[0].untyped_storage().nbytes() == 7 * page_bytes(3, 16, 2, 8, torch.bfloat16)
     assert len({tensor.data_ptr() for tensor in [*kv.keys, *kv.values]}) == 6
 
 
