@@ -7,11 +7,9 @@ neighbour may be entered, and reads the latents that save most. Whatever fails i
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,14 +25,13 @@ from cache.latent.eviction import EVICTORS, Evictor
 from cache.latent.figures import Stats
 from cache.latent.index import SnapshotError
 from cache.latent.keys import Header, KeySpace, random_id
-from cache.latent.policy import Policy
+from cache.latent.policy import Policy, entry
 from cache.latent.predictor import MatchPredictor
 from cache.latent.store import SharedStore, Store, StoreError, StoreFullError
 from cache.latent.writer import Insert, Writer
 
 _log = logging.getLogger(__name__)
 
-_ALPHA_TOLERANCE = 1e-6  # lets an alpha that went through float32 enter at the row that it came from
 _BATCH = 1024  # headers entered at a time when the catalogue is built
 _RETRY_S = 1.0  # for which lookups leave a store alone that has failed
 _LOOK_S = 0.25  # between two looks at what the store takes, and at what other servers did
@@ -193,22 +190,12 @@ class LatentCache:
     ) -> list[_Option]:
         """What may be started from, the best first: most rows saved, then most similar, near-equal ones shuffled."""
         options = []
-        kept = math.sqrt(1 - self.policy.fresh.get(family, 0.0))  # of a latent's signal, at most
-        for entry, similarity in self._catalogue.nearest(space, embedding, self._candidates, self._clock()):
+        fresh = self.policy.fresh.get(family, 0.0)
+        for candidate, similarity in self._catalogue.nearest(space, embedding, self._candidates, self._clock()):
             deepest = self.policy.deepest(family, similarity)
-            if deepest is None:
-                continue
-            # A level past the deepest is of use only where it makes room for fresh noise.
-            entered = {
-                alpha: _row_at(rows, min(deepest, kept * alpha))
-                for alpha in entry.levels
-                if kept < 1 or alpha <= deepest + _ALPHA_TOLERANCE
-            }
-            row = max(entered.values(), default=0)
-            if row >= 1:
-                # Of the levels that enter at one row, the noisiest needs least re-noising.
-                alpha = next(alpha for alpha in entered if entered[alpha] == row)
-                options.append(_Option(entry, alpha, row, similarity))
+            start = None if deepest is None else entry(candidate.levels, rows, deepest, fresh)
+            if start is not None:
+                options.append(_Option(candidate, *start, similarity))
         options.sort(key=lambda option: (-option.row, -option.similarity))
         near = sum(
             option.row == options[0].row and option.similarity >= options[0].similarity - self._near
@@ -425,11 +412,6 @@ class LatentCache:
             self._loaded = False
             self._store.close()
         return finished
-
-
-def _row_at(rows: Sequence[float], alpha: float) -> int:
-    """The last row whose input is at least as noisy as a latent of this alpha; -1 if none is."""
-    return bisect_right(rows, alpha + _ALPHA_TOLERANCE) - 1
 
 
 def _stats(tenant: Tenant) -> Stats:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ Bins = tuple[tuple[float, float], ...]  # (least similarity, deepest alpha allow
 
 STEPS = 50  # of the schedule that K counts in
 _FORMAT = 1
+_SAME_LEVEL = 1e-6  # lets an alpha that went through float32 enter at the row that it came from
 # NIRVANA (arXiv 2312.04429): similarity of the prompts -> K, the steps of 50 that the latent has behind it.
 _NIRVANA = ((0.65, 5), (0.75, 10), (0.85, 15), (0.90, 20), (0.95, 25))
 
@@ -107,6 +109,34 @@ class Policy:
             raise PolicyError(f"{path}: {error} is missing") from None
         except (AttributeError, TypeError, ValueError) as error:
             raise PolicyError(f"{path}: {error}") from None
+
+
+def entry(levels: Sequence[float], rows: Sequence[float], deepest: float, fresh: float) -> tuple[float, int] | None:
+    """The level of a prompt's latents to start from, and the row at which the plan is entered; None: from scratch.
+
+    The row is the last one that is not past `deepest` and leaves at least the share `fresh` of the variance to noise.
+
+    Args:
+        levels: alphas that there are latents of, ascending. rows: alpha of each row of the plan, ascending.
+        deepest, fresh: of the policy.
+    """
+    kept = math.sqrt(1 - fresh)  # of a latent's signal, at most
+    # A level past the deepest is of use only where it makes room for fresh noise.
+    entered = {
+        alpha: _row_at(rows, min(deepest, kept * alpha))
+        for alpha in levels
+        if fresh > 0 or alpha <= deepest + _SAME_LEVEL
+    }
+    row = max(entered.values(), default=0)
+    if row < 1:
+        return None
+    # Of the levels that enter at one row, the noisiest needs least re-noising.
+    return next(alpha for alpha in entered if entered[alpha] == row), row
+
+
+def _row_at(rows: Sequence[float], alpha: float) -> int:
+    """The last row whose input is at least as noisy as a latent of this alpha; -1 if none is."""
+    return bisect_right(rows, alpha + _SAME_LEVEL) - 1
 
 
 def nirvana(alphas_of_k: Mapping[int, float]) -> Policy:
