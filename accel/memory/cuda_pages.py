@@ -49,7 +49,7 @@ class CudaPages:
         return self._call("cuMemCreate", self.page_bytes, self._kind, 0)
 
     def map(self, address: int, pages: Sequence[Page]) -> None:
-        """Access is given once for all: it is the dearest of these calls (38 us of 40 in vAttention's table of them)."""
+        """Access is given once for all: it is the dearest of these calls (38 us of 40 in vAttention's table)."""
         mapped = 0
         try:
             for page in pages:

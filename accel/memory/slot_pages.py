@@ -56,7 +56,7 @@ class SlotPages:
             raise
         self._mapped: list[list[Page]] = [[] for _ in range(slots)]
         self._needed = [0] * slots
-        self._free: dict[int, None] = dict.fromkeys(range(slots))  # least recently freed first
+        self._free: dict[int, None] = dict.fromkeys(reversed(range(slots)))  # in the order of freeing
         self._fences: list[Fence | None] = [None] * slots  # of each slot's last owner
         self._first = 0  # pages that the latest request began with
         self._eager = False  # whether the next request's slot may need pages
@@ -109,7 +109,10 @@ class SlotPages:
             self._ring()
 
     def prefetch(self, slot: int, pages: int) -> None:
-        """Have the first `pages` pages of a slot mapped in the background, in use or not, as far as pages are left."""
+        """Have the first `pages` pages of a slot mapped in the background, as far as pages are left.
+
+        A slot that is not in use gets them only from those that no slot has, and leaves a tenth of all.
+        """
         if pages > len(self._mapped[slot]):
             with self._bell:
                 self._wanted[slot] = pages
@@ -133,7 +136,7 @@ class SlotPages:
         self._ring()
 
     def next_slot(self) -> int | None:
-        """The free slot with the most pages mapped: the one for the next request. None: all are in use."""
+        """The slot that pages are mapped in for the next request: the one freed last. None: all are in use."""
         with self._turn():
             return self._next_slot()
 
@@ -179,7 +182,7 @@ class SlotPages:
         return len(self._mapped[slot]) - self._needed[slot]
 
     def _next_slot(self) -> int | None:
-        return max(self._free, key=lambda slot: len(self._mapped[slot]), default=None)
+        return next(reversed(self._free), None)
 
     def _make_room(self, slot: int, pages: int) -> None:
         """Have `pages` pages in the pool: of slots freed longest ago, then those mapped ahead for slots in use."""
@@ -262,9 +265,10 @@ class SlotPages:
             slot = next(iter(self._wanted))
             pages = self._wanted.pop(slot)
         missing = pages - len(self._mapped[slot])
-        if missing > 0 and not self._pool:
+        in_use = slot not in self._free
+        if missing > 0 and in_use and not self._pool:  # free slots do not take from each other: that would never end
             self._reclaim(missing, but=slot)
-        now = min(missing, len(self._pool), _MOST_AT_ONCE)
+        now = min(missing, len(self._pool) - (0 if in_use else self._pool_goal), _MOST_AT_ONCE)
         if now > 0:
             self._map(slot, now)
             if now < missing:

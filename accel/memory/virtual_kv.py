@@ -114,7 +114,7 @@ class VirtualKV:
         self._pages.free(slot)
 
     def next_slot(self) -> int | None:
-        """The free slot that has most memory mapped, best for the next sequence; None if all are in use."""
+        """The slot that has memory mapped for the next sequence: the one freed last (0 at first); None: all in use."""
         return self._pages.next_slot()
 
     def settle(self) -> None:
@@ -139,6 +139,11 @@ class VirtualKV:
     def bytes_mapped(self) -> int:
         """In slots in use and in freed ones, ahead of need included."""
         return self._pages.mapped * self.page_bytes
+
+    @property
+    def bytes_needed(self) -> int:
+        """Of bytes_mapped, what slots in use have grown to; the rest moves to whoever needs it."""
+        return (self._pages.pages - self._pages.available) * self.page_bytes
 
     def bytes_used(self, lengths: Iterable[int]) -> int:
         """What the tokens of sequences of these lengths fill."""
