@@ -9,3 +9,7 @@ class ModelError(Exception):
 
 class LoraError(ModelError):
     """A LoRA file that does not fit the model it was given to."""
+
+
+class PromptError(ModelError):
+    """Messages that a language model cannot be given."""

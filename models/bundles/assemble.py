@@ -1,4 +1,4 @@
-"""Laying a bundle out as folders that stock diffusers pipelines load.
+"""Laying a bundle out as folders that stock diffusers pipelines load, or a language model as a folder with its file.
 
 NAME/ is a StableDiffusionPipeline; what else the bundle holds lies beside it, where diffusers ignores it: the student
 in unet_lcm/ and scheduler_lcm/, students that are LoRA files in lora/, the scorer in scorer/, evaluation data in eval/.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from models.bundles.fetch import fetched_folder
-from models.bundles.manifest import MANIFEST, Manifest
+from models.bundles.manifest import LANGUAGE, MANIFEST, Manifest
 from models.errors import ModelError
 
 STUDENT = {"unet": "unet_lcm", "scheduler": "scheduler_lcm"}
@@ -44,13 +44,13 @@ def is_assembled(manifest: Manifest, root: Path, cache_dir: Path) -> bool:
         whole = all((folder / file.path).stat().st_size == file.size for file in manifest.files)
     except OSError:
         return False
-    return current and whole and (student / "model_index.json").is_file()
+    return current and whole and (manifest.kind == LANGUAGE or (student / "model_index.json").is_file())
 
 
 def assemble(manifest: Manifest, root: Path, cache_dir: Path) -> None:
-    """Build both folders beside their places and move them in, one after the other."""
+    """Build a bundle's folders beside their places and move them in, one after the other."""
     present = {file.path.split("/")[0] for file in manifest.files}
-    for component in (*COMPONENTS, *STUDENT.values()):
+    for component in () if manifest.kind == LANGUAGE else (*COMPONENTS, *STUDENT.values()):
         if component not in present:
             raise ModelError(f"bundle {manifest.name} is not complete: it has no {component}")
     folder, student = assembled_folder(manifest, cache_dir), student_folder(manifest, cache_dir)
@@ -59,8 +59,11 @@ def assemble(manifest: Manifest, root: Path, cache_dir: Path) -> None:
         for file in manifest.files:
             origin = root if file.source is None else fetched_folder(manifest.sources[file.source], cache_dir)
             link_or_copy(origin / file.path, new / file.path)
-        _write_index(new, "StableDiffusionPipeline")
         shutil.copyfile(root / MANIFEST, new / MANIFEST)
+        if manifest.kind == LANGUAGE:
+            _replace(new, folder)
+            return
+        _write_index(new, "StableDiffusionPipeline")
         shutil.rmtree(student, ignore_errors=True)  # first: it links into the folder that is about to be replaced
         _replace(new, folder)
         new = Path(scratch) / "student"

@@ -1,13 +1,14 @@
 """What a bundle is: a folder of weights and a manifest.json that accounts for every file.
 
-    {"name", "version", "description", "licence",
+    {"name", "version", "kind": "diffusion" (unless it says otherwise) or "language", "description", "licence",
      "sources":  {NAME: {"package", "version", "hub_id", "files": {PATH: MEMBER}, "hub_files": {PATH: FILE}, ...}},
      "files":    {PATH: {"size", "sha256", "source": NAME or null}},
      "serving":  {"default_sampler", "samplers": {NAME: {"steps", "guidance_scale", "spacing"}}},
      "students": {SAMPLER: {"lora", ...}}, "loras": {NAME: {"file", ...}},  (models.diffusion.students; optional)
      "training": {...}}
 
-A file whose source is null lies in the bundle's own folder; the others are fetched from where their source says.
+A file whose source is null lies in the bundle's own folder; the others are fetched from where their source says. A
+language model is one .gguf file, and has neither serving nor what comes after it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from models.errors import ModelError
 
 MANIFEST = "manifest.json"
 BLOCK = 1 << 20  # bytes hashed at a time
+DIFFUSION, LANGUAGE = "diffusion", "language"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class FileSource:
 class Manifest:
     name: str
     version: str
+    kind: str  # DIFFUSION | LANGUAGE
     description: str
     licence: str
     files: tuple[BundleFile, ...]
@@ -74,6 +77,7 @@ def read_manifest(root: Path) -> Manifest:
         return Manifest(
             name=data["name"],
             version=data["version"],
+            kind=data.get("kind", DIFFUSION),
             description=data["description"],
             licence=data["licence"],
             files=tuple(

@@ -13,12 +13,13 @@ from filelock import FileLock
 
 from models.bundles.assemble import assemble, assembled_folder, is_assembled
 from models.bundles.fetch import Progress, fetch, fetched_folder, ignore_progress
-from models.bundles.manifest import Manifest, read_manifest
+from models.bundles.manifest import LANGUAGE, Manifest, read_manifest
 from models.bundles.verify import check_own, first_fault
 from models.errors import ModelError
 
 Roots = Mapping[str, Path]
-ROOTS: Roots = {"default": Path(__file__).parent / "headstart-v1"}
+HERE = Path(__file__).parent
+ROOTS: Roots = {"default": HERE / "headstart-v1", "smollm2": HERE / "smollm2-135m-instruct"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,10 @@ def list_bundles(cache_dir: Path, *, roots: Roots = ROOTS) -> list[BundleStatus]
 
 
 def bundle_path(name: str, cache_dir: Path, *, roots: Roots = ROOTS) -> Path:
-    """The folder, in diffusers' format, of a bundle that has been pulled. ModelError tells to pull it otherwise."""
+    """The folder of a bundle that has been pulled: in diffusers' format, or with the file of a language model.
+
+    ModelError tells to pull it otherwise.
+    """
     root = _root(name, roots)
     manifest = read_manifest(root)
     if not is_assembled(manifest, root, cache_dir):
@@ -49,7 +53,8 @@ def bundle_path(name: str, cache_dir: Path, *, roots: Roots = ROOTS) -> Path:
 
 
 def pull(name: str, cache_dir: Path, progress: Progress = ignore_progress, *, roots: Roots = ROOTS) -> Path:
-    """Make a bundle ready to load: fetch what it does not hold itself, check it, lay out its folder.
+    """Make a bundle ready to load: fetch what it does not hold itself, check it, lay out its folder; convert a language
+    model's file into what loads fast.
 
     Safe to run twice, and in two processes at once; uses no network when everything is there and undamaged.
 
@@ -74,9 +79,20 @@ def pull(name: str, cache_dir: Path, progress: Progress = ignore_progress, *, ro
                     fetch(manifest, source, cache_dir, progress)
             if not is_assembled(manifest, root, cache_dir):
                 assemble(manifest, root, cache_dir)
+        if manifest.kind == LANGUAGE:
+            language_folder(name, cache_dir, roots=roots)
     except OSError as error:
         raise ModelError(f"bundle {name!r} cannot be put into {cache_dir}: {error}") from None
     return folder
+
+
+def language_folder(name: str, cache_dir: Path, *, roots: Roots = ROOTS) -> Path:
+    """The folder in transformers' format of a language model that has been pulled."""
+    from models.llm.gguf import converted_folder  # here, because it takes torch
+
+    folder = bundle_path(name, cache_dir, roots=roots)
+    (file,) = read_manifest(_root(name, roots)).files
+    return converted_folder(folder / file.path, cache_dir, file.sha256)
 
 
 def verify(name: str, cache_dir: Path, *, roots: Roots = ROOTS) -> Manifest:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from models.bundles import registry
 from models.bundles.assemble import assembled_folder
+from models.bundles.manifest import DIFFUSION
 from models.diffusion.folder import one_line, quiet_libraries
 from models.errors import ModelError
 
@@ -42,6 +43,8 @@ def resolve_source(source: str, revision: str | None, cache_dir: Path) -> Source
     if source in registry.ROOTS:
         # Digests cost a quarter of a second; a flipped bit in the weights would cost wrong pictures.
         manifest = registry.verify(source, cache_dir, roots=registry.ROOTS)
+        if manifest.kind != DIFFUSION:
+            raise ModelError(f"bundle {source!r} is a {manifest.kind} model; it draws no pictures")
         folder = assembled_folder(manifest, cache_dir)
         return Source(manifest.name, str(folder), folder, manifest.version)
     path = Path(os.path.expanduser(source))

@@ -1,8 +1,8 @@
 """GGUF files, llama.cpp's, converted once into a folder in transformers' format.
 
 The folder holds config.json, model.safetensors, tokenizer.json and tokenizer_config.json. Reading the file itself takes
-seconds, most of them for the vocabulary; loading the folder takes a fraction of one. Quantised weights become float32, so
-that the folder holds exactly the numbers of the file.
+seconds, most of them for the vocabulary; loading the folder takes a fraction of one. Quantised weights become float32,
+so that the folder holds exactly the numbers of the file.
 
 Format: ggml-org/ggml, docs/gguf.md. Tensor names and metadata keys are those of architecture "llama".
 """
