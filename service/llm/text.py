@@ -9,7 +9,7 @@ from typing import Protocol
 class Detokenizer(Protocol):
     """Turns the tokens of one choice into text as they come; what is not a whole character yet waits."""
 
-    def add(self, token: int) -> str: ...
+    def add(self, tokens: Sequence[int]) -> str: ...
     def finish(self) -> str: ...
 
 
@@ -28,7 +28,7 @@ class ChoiceText:
 
     def add(self, token: int) -> str:
         """What the token makes certain; nothing after a stop string."""
-        return self._release(self._detokenizer.add(token))
+        return self._release(self._detokenizer.add((token,)))
 
     def finish(self) -> str:
         """The rest, when the last token has been added: half characters are shown as U+FFFD."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import example, given
@@ -17,8 +18,8 @@ class Bytes:
     def __init__(self) -> None:
         self._waiting = b""
 
-    def add(self, token: int) -> str:
-        self._waiting += bytes([token])
+    def add(self, tokens: Sequence[int]) -> str:
+        self._waiting += bytes(tokens)
         try:
             text = self._waiting.decode()
         except UnicodeDecodeError:
@@ -36,8 +37,8 @@ class Words:
     def __init__(self, words: list[str]) -> None:
         self._words = words
 
-    def add(self, token: int) -> str:
-        return self._words[token]
+    def add(self, tokens: Sequence[int]) -> str:
+        return "".join(self._words[token] for token in tokens)
 
     def finish(self) -> str:
         return ""
