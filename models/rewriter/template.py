@@ -46,6 +46,6 @@ def one_line(prompt: str) -> str:
 
 
 def caption_of(answer: str) -> str:
-    """The first line of an answer with words, without quotes and a full stop around it; "" where there is none."""
+    """The first line of an answer with words, without quotes and full stops around it; "" where there is none."""
     line = next((line for line in answer.splitlines() if line.strip()), "")
-    return " ".join(line.split())[:MAX_LENGTH].strip("\"'` ").removesuffix(".").strip()
+    return " ".join(line.split())[:MAX_LENGTH].strip("\"'`. ")
