@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from accel.kernels.philox_triton import philox
+
 _CALLS_PER_PROGRAM = 256  # Philox calls; each makes the noise of four elements
 
 
@@ -87,30 +89,10 @@ def _kernel(
 def _gaussian(seed, row, calls):
     """[4 * len(calls)] normals; the same numbers as accel.samplers.noise.gaussian."""
     zero = tl.zeros_like(calls).to(tl.uint32)
-    w0, w1, w2, w3 = _philox(calls.to(tl.uint32), zero + (row + 1).to(tl.uint32), seed.to(tl.uint32))
+    w0, w1, w2, w3 = philox(calls.to(tl.uint32), zero + (row + 1).to(tl.uint32), seed.to(tl.uint32))
     n0, n1 = _box_muller(w0, w1)
     n2, n3 = _box_muller(w2, w3)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
-
-
-@triton.jit
-def _philox(c0, c1, k0):
-    """Philox-4x32-10 with counter (c0, c1, 0, 0) and key (k0, 0), all uint32."""
-    c2 = tl.zeros_like(c0)
-    c3 = tl.zeros_like(c0)
-    k1 = k0 ^ k0
-    for _ in tl.static_range(10):
-        high0 = tl.umulhi(c0, 0xD2511F53)
-        high1 = tl.umulhi(c2, 0xCD9E8D57)
-        low0 = c0 * 0xD2511F53
-        low1 = c2 * 0xCD9E8D57
-        c0 = high1 ^ c1 ^ k0
-        c1 = low1
-        c2 = high0 ^ c3 ^ k1
-        c3 = low0
-        k0 += 0x9E3779B9
-        k1 += 0xBB67AE85
-    return c0, c1, c2, c3
 
 
 @triton.jit
