@@ -27,10 +27,10 @@ def contiguous_decode(
     The first two dimensions of keys and values flatten without a copy.
     """
     if use_triton(q):
-        from accel.attention.contiguous_triton import contiguous_decode_triton as decode
-    else:
-        decode = contiguous_decode_reference
-    return decode(q, keys, values, slots, lengths, scale, out)
+        from accel.attention.paged_triton import paged_decode_triton
+
+        return paged_decode_triton(q, keys, values, slots.unsqueeze(1), lengths, scale, out)  # a page a sequence
+    return contiguous_decode_reference(q, keys, values, slots, lengths, scale, out)
 
 
 def contiguous_prefill(
@@ -45,10 +45,10 @@ def contiguous_prefill(
 ) -> torch.Tensor:
     """As accel.attention.paged.paged_prefill, over keys and values [slots, Lmax, Hkv, D] and slots [B]."""
     if use_triton(q):
-        from accel.attention.contiguous_triton import contiguous_prefill_triton as prefill
-    else:
-        prefill = contiguous_prefill_reference
-    return prefill(q, keys, values, slots, starts, lengths, scale, out)
+        from accel.attention.paged_triton import paged_prefill_triton
+
+        return paged_prefill_triton(q, keys, values, slots.unsqueeze(1), starts, lengths, scale, out)
+    return contiguous_prefill_reference(q, keys, values, slots, starts, lengths, scale, out)
 
 
 def contiguous_decode_reference(

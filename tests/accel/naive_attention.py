@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 
 
 class Shape(NamedTuple):
@@ -18,8 +26,9 @@ class Shape(NamedTuple):
 
 
 SHAPES = [Shape(9, 3, 64), Shape(4, 4, 32), Shape(8, 1, 80), Shape(5, 1, 16), Shape(2, 2, 128), Shape(34, 2, 24)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+# Every shape, and every dtype at the first.
+KINDS = [(shape, torch.float32) for shape in SHAPES] + [(SHAPES[0], torch.bfloat16), (SHAPES[0], torch.float16)]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 
 
 @dataclass
@@ -110,3 +119,26 @@ def in_slots(c: Case, room: int, seed: int = 0) -> tuple[torch.Tensor, torch.Ten
         keys[slot, : len(c.keys[b])] = c.keys[b]
         values[slot, : len(c.keys[b])] = c.values[b]
     return keys, values, slots
+
+
+@contextmanager
+def interpreted_bfloat16() -> Iterator[None]:
+    """Lets Triton's interpreter multiply matrices of bfloat16, whose bit patterns it would take for integers.
+
+    https://github.com/triton-lang/triton/issues/11584
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    with mock.patch.object(InterpreterBuilder, "create_dot", dot):
+        yield
