@@ -69,7 +69,7 @@ def load_llm(
     where = resolve_device(device)
     form = resolve_dtype(dtype, where)
     adapter = None if lora is None else Lora(Path(lora).expanduser())
-    found = _resolve(name, cache_dir)
+    found = resolve(name, cache_dir)
     path = found.path / "config.json"
     config = LlmConfig.parse(read_json(path), path)
     tokenizer = load_tokenizer(found.path)
@@ -84,7 +84,7 @@ def load_llm(
     return LanguageModel(decoder, tokenizer, config, card)
 
 
-def _resolve(name: str, cache_dir: Path) -> Source:
+def resolve(name: str, cache_dir: Path) -> Source:
     """Find a model by its name, and convert it if it is a GGUF file."""
     bundle = DEFAULT if name == "default" else name
     if bundle in registry.ROOTS:

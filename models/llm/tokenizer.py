@@ -167,7 +167,7 @@ def _stop_tokens(folder: Path, backend: Backend, eos: str | None) -> frozenset[i
     stops: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         ids = _optional(folder / name).get("eos_token_id")
-        stops |= set(ids) if isinstance(ids, list) else {ids} - {None}
+        stops.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
     if eos is not None and (index := backend.token_to_id(eos)) is not None:
         stops.add(index)
     unknown = sorted(index for index in stops if backend.id_to_token(index) is None)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from models.diffusion.folder import listing, one_line, read_json
@@ -34,13 +35,14 @@ def fill(decoder: Decoder, folder: Path, lora: Lora | None = None) -> None:
         if lora is not None:
             lora.check(shapes)
         for target, rows in parts.items():
-            parameter, start = decoder.get_parameter(target), 0
+            weight, start = _weight(decoder, target), 0
             for name, shape in rows.items():
                 value = tensors[name].get_tensor(name)
                 if lora is not None:
                     value = lora.merged(name, value)
-                parameter[start : start + shape[0]].copy_(value)
+                weight[start : start + shape[0]].copy_(value)
                 start += shape[0]
+    decoder.pack()
 
 
 Shape = tuple[int, ...]
@@ -72,6 +74,12 @@ def _parts(config: LlmConfig) -> dict[str, dict[str, Shape]]:
         }
         parts[ours + "down"] = {theirs + "mlp.down_proj.weight": (hidden, ffn)}
     return parts
+
+
+def _weight(decoder: Decoder, path: str) -> torch.Tensor:
+    *layer, name = path.split(".")
+    weight: torch.Tensor = getattr(decoder.layers[int(layer[1])] if layer else decoder, name)
+    return weight
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_open]:
