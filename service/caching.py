@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -42,13 +42,7 @@ class CacheStarts:
         return [each and Start(each.latent, each.alpha, each.similarity, each.row) for each in found]
 
     def marks(self, request: ImageRequest, plan: Plan) -> list[int]:
-        """Every inner row of a short plan; of a longer one, those at the levels of KEPT, or just before them.
-
-        Before, because a policy's bins end at these levels: a latent just past one would count as the next deeper.
-        """
-        if len(plan) <= FEW_STEPS:
-            return list(range(1, len(plan)))
-        return sorted({entry_row(plan.rows, level) for level in self._levels} - {0})
+        return kept_rows(plan, self._levels)
 
     def keep(self, request: ImageRequest, latents: Mapping[float, np.ndarray]) -> None:
         self._cache.insert(self._space(request), request.prompt, _embedding(_intent(request)), latents)
@@ -65,6 +59,16 @@ class CacheStarts:
             guidance=guidance_bucket(request.guidance_scale),
             negative_prompt=request.negative_prompt,
         )
+
+
+def kept_rows(plan: Plan, levels: Iterable[float]) -> list[int]:
+    """Every inner row of a short plan; of a longer one, those at the levels (alphas) of KEPT, or just before them.
+
+    Before, because a policy's bins end at these levels: a latent just past one would count as the next deeper.
+    """
+    if len(plan) <= FEW_STEPS:
+        return list(range(1, len(plan)))
+    return sorted({entry_row(plan.rows, level) for level in levels} - {0})
 
 
 def levels_of(model: DiffusionModel) -> dict[int, float]:

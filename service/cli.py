@@ -18,7 +18,7 @@ MAIN_HELP = """\
 Draws pictures from text.
 
 examples:
-  headstart models pull                            fetch what the default model needs
+  headstart models pull                            fetch what the models need that come with Headstart
   headstart serve                                  serve it on http://127.0.0.1:8000
   headstart generate "a red fox" -o fox.png        draw one picture without a server
   headstart eval --limit 100                       measure how well the default model draws
@@ -60,7 +60,10 @@ CALIBRATE_HELP = """\
 Draws pairs of prompts, the second from the latents of the first at each of several steps, judges the
 pictures with the scorer that comes with the model (with the default model's where it has none), and
 allows each similarity the deepest step that keeps --alpha of the quality of pictures from scratch.
-Each pair takes about 300 network steps of DDIM: on a CPU, fewer --pairs and patience.
+Where ten pictures of one prompt would be too much alike, starts get fresh noise, the least that makes
+them differ half as much as pictures from scratch do, and the pairs are drawn again with it.
+Each pair takes about 300 network steps of DDIM, twice that with fresh noise: on a CPU, fewer --pairs
+and patience.
 
 examples:
   headstart cache calibrate --pairs 200
@@ -248,7 +251,7 @@ def _add_models(subparsers: Any) -> None:
     ):
         action = actions.add_parser(name, help=help, description=help)
         if name != "list":
-            action.add_argument("name", nargs="?", default="default", metavar="NAME", help="default: %(default)s")
+            action.add_argument("name", nargs="?", metavar="NAME", help="default: all of them")
         _add_settings(action, ("model",), only=("--cache-dir",))
         action.set_defaults(run=commands.models, action=name)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class Policy:
             raise PolicyError(f"{path}: {error}") from None
 
 
-def entry(levels: Sequence[float], rows: Sequence[float], deepest: float, fresh: float) -> tuple[float, int] | None:
+def entry(levels: Iterable[float], rows: Sequence[float], deepest: float, fresh: float) -> tuple[float, int] | None:
     """The level of a prompt's latents to start from, and the row at which the plan is entered; None: from scratch.
 
     The row is the last one that is not past `deepest` and leaves at least the share `fresh` of the variance to noise.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,32 +87,57 @@ def _embed(folder: Path, material: Material) -> Embed:
 
 
 def table(policy: Policy) -> str:
-    """Quality by similarity and row, and what the policy allows, a Markdown table a family of samplers."""
+    """Quality by similarity and row, and what the policy allows, a Markdown table a family of samplers.
+
+    Two where pictures of one prompt were too much alike: without fresh noise, and with what the policy asks for.
+    """
     parts = []
-    for family, measured in policy.figures["families"].items():
-        rows = list(measured["alphas"])
-        heads = ["similarity", "pairs", "from scratch: score, all", *(f"K = {row}" for row in rows), "allowed"]
-        lines = [f"{measured['sampler']}, {measured['steps']} steps, guidance {measured['guidance_scale']:g}", ""]
-        lines += [_line(heads), _line(["---"] * len(heads))]
-        ends: list[float | None] = [*(bin["similarity"] for bin in measured["bins"][1:]), None]
-        for bin, end in zip(measured["bins"], ends, strict=True):
-            deepest = policy.deepest(family, bin["similarity"])
-            allowed = next((str(row) for row, alpha in measured["alphas"].items() if alpha == deepest), "-")
-            low = bin["similarity"]
-            lines.append(
-                _line(
-                    [
-                        f"below {end:g}" if low == -1 else f"{low:g} to {1 if end is None else end:g}",
-                        str(bin["pairs"]),
-                        _scratch(bin["rows"].get(0, {})),
-                        *(_percent(bin["rows"].get(row, {}).get("quality")) for row in rows),
-                        allowed,
-                    ]
-                )
-            )
-        parts.append("\n".join(lines))
+    for measured in policy.figures["families"].values():
+        sampler = f"{measured['sampler']}, {measured['steps']} steps, guidance {measured['guidance_scale']:g}"
+        parts += [f"{sampler}, {_share(each['fresh'])}\n\n{_qualities(each)}" for each in measured["measured"]]
+        parts.append(f"{sampler}: {_diversity(measured['diversity'])}")
     note = f"Quality in percent of that from scratch; allowed is what keeps {100 * (policy.target or 0):g}%."
     return "\n\n".join([*parts, note])
+
+
+def _qualities(measured: Mapping[str, Any]) -> str:
+    rows = list(measured["starts"])
+    lines = [["similarity", "pairs", "from scratch: score, all", *(f"K = {row}" for row in rows), "allowed", "skipped"]]
+    lines.append(["---"] * len(lines[0]))
+    ends: list[float | None] = [*(bin["similarity"] for bin in measured["bins"][1:]), None]
+    for bin, end in zip(measured["bins"], ends, strict=True):
+        low = bin["similarity"]
+        lines.append(
+            [
+                f"below {end:g}" if low == -1 else f"{low:g} to {1 if end is None else end:g}",
+                str(bin["pairs"]),
+                _scratch(bin["rows"].get(0, {})),
+                *(_percent(bin["rows"].get(row, {}).get("quality")) for row in rows),
+                "-" if bin["allowed"] is None else str(bin["allowed"]),
+                str(bin["skipped"]),
+            ]
+        )
+    return "\n".join(map(_line, lines))
+
+
+def _diversity(measured: Mapping[str, Any]) -> str:
+    title = (
+        f"mean distance among {measured['pictures']} pictures of a prompt asked again, {measured['prompts']} prompts; "
+        f"from scratch {measured['scratch']:.4f}"
+    )
+    if not measured["shares"]:
+        return f"{title}\n\nA prompt asked again is drawn from scratch."
+    lines = [["fresh noise", "latent of row", "enters at row", "distance", "of that from scratch"]]
+    lines.append(["---"] * len(lines[0]))
+    for each in measured["shares"]:
+        level, row = (str(each["start"][name]) if each["start"] else "-" for name in ("level", "row"))
+        share = f"{100 * each['fresh']:.0f}%"
+        lines.append([share, level, row, f"{each['distance']:.4f}", f"{100 * each['ratio']:.1f}%"])
+    return f"{title}\n\n" + "\n".join(map(_line, lines))
+
+
+def _share(fresh: float) -> str:
+    return f"{100 * fresh:.0f}% fresh noise" if fresh else "no fresh noise"
 
 
 def _line(cells: Sequence[str]) -> str:

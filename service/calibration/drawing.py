@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from accel.kernels.sampler_step import sampler_step
-from accel.samplers.library import build_plan
-from accel.samplers.noise import INITIAL_ROW, gaussian
+from accel.samplers.library import build_plan, renoise
+from accel.samplers.noise import ENTRY_ROW, INITIAL_ROW, gaussian
 from accel.samplers.plans import Plan
 from models.diffusion.model import Condition, DiffusionModel
 from models.scorer import Reading, Scorer
@@ -18,6 +19,13 @@ from service.evaluation.prompts import Record
 DECODED_AT_ONCE = 16
 
 Latents = dict[int, torch.Tensor]  # by row: [N, C, h, w]
+
+
+class Start(NamedTuple):
+    """Latents of row `level`, re-noised to those of row `row`, where the plan is entered."""
+
+    level: int
+    row: int
 
 
 class Drawing:
@@ -52,6 +60,12 @@ class Drawing:
         width, height = card.default_size
         shape = (card.latent_channels, height // card.scale, width // card.scale)
         return gaussian(self._seeds(records), INITIAL_ROW, shape, self._model.device) * self.plan().init_scale
+
+    def entered(self, records: Sequence[Record], latents: Latents, start: Start) -> torch.Tensor:
+        """The latents [N, C, h, w] at row `start.row`, with noise of the records' own seeds in them."""
+        rows, x = self.plan().rows, latents[start.level]
+        kept, fresh = renoise(rows[start.level].alpha, rows[start.row].alpha)
+        return kept * x + fresh * gaussian(self._seeds(records), ENTRY_ROW, tuple(x.shape[1:]), self._model.device)
 
     def run(
         self,
@@ -108,12 +122,19 @@ def judged(
 ) -> dict[str, list[float | None]]:
     """`verdicts_of` the pictures of latents [N, C, h, w]."""
     found: dict[str, list[float | None]] = {}
-    for at in range(0, len(records), DECODED_AT_ONCE):
-        pictures = model.decode(latents[at : at + DECODED_AT_ONCE]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        verdicts = verdicts_of(scorer, scorer.read(pictures), records[at : at + DECODED_AT_ONCE])
-        for metric, values in verdicts.items():
+    at = 0
+    for reading in readings(model, scorer, latents):
+        part = records[at : at + len(reading.embedding)]
+        at += len(part)
+        for metric, values in verdicts_of(scorer, reading, part).items():
             found.setdefault(metric, []).extend(values)
     return found
+
+
+def readings(model: DiffusionModel, scorer: Scorer, latents: torch.Tensor) -> Iterator[Reading]:
+    """What the pictures of latents [N, C, h, w] show, some at a time."""
+    for part in latents.split(DECODED_AT_ONCE):
+        yield scorer.read(model.decode(part).permute(0, 3, 1, 2).float() / 127.5 - 1)
 
 
 def verdicts_of(scorer: Scorer, reading: Reading, records: Sequence[Record]) -> dict[str, list[float | None]]:

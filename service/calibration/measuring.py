@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from models.diffusion.model import DiffusionModel, ModelCard
 from models.scorer import Scorer
-from service.calibration.drawing import Drawing, judged
+from service.calibration.diversity import PICTURES
+from service.calibration.drawing import Drawing, Start, judged
 from service.calibration.pairs import Pair
 
 SHARES = ("all", "objects", "background")
@@ -38,23 +39,48 @@ def families(card: ModelCard) -> list[Family]:
     return found
 
 
-def rows_run(family: Family, pairs: int) -> int:
-    """Rows of pictures that `measure` runs: the first's up to the last K, the second's from scratch and from each K."""
-    return pairs * (family.rows[-1] + sum(family.steps - start for start in (0, *family.rows)))
+def rows_run(family: Family, pairs: int, prompts: int) -> int:
+    """Rows of pictures that are run at the least, for so many pairs and prompts asked again.
+
+    Of pairs, the first's up to the last K, the second's from scratch and from each K; of prompts, one picture's up to
+    the same K, and those from scratch. What fresh noise is measured with comes on top.
+    """
+    whole = pairs + PICTURES * prompts
+    return (
+        (pairs + prompts) * family.rows[-1]
+        + whole * family.steps
+        + pairs * sum(family.steps - start for start in family.rows)
+    )
 
 
-def measure(
-    drawing: Drawing, model: DiffusionModel, scorer: Scorer, pairs: Sequence[Pair], rows: Sequence[int]
-) -> dict[int, Verdicts]:
-    """Row K -> verdicts of the second pictures that start there; K = 0 is from scratch."""
-    firsts, seconds = [pair.first for pair in pairs], [pair.second for pair in pairs]
-    with torch.inference_mode():
-        latents = drawing.run(firsts, drawing.noise(firsts), 0, keep=rows, until=rows[-1])
-        found = {}
-        for start in (0, *rows):
-            begun = latents[start] if start else drawing.noise(seconds)
-            found[start] = judged(model, scorer, drawing.run(seconds, begun, start)[drawing.steps], seconds)
-    return found
+class Seconds:
+    """The second pictures of pairs, from scratch and from the first's latents.
+
+    Args:
+        rows: those that the first's latents are kept at.
+    """
+
+    def __init__(
+        self, drawing: Drawing, model: DiffusionModel, scorer: Scorer, pairs: Sequence[Pair], rows: Sequence[int]
+    ) -> None:
+        self._drawing, self._model, self._scorer = drawing, model, scorer
+        self._records = [pair.second for pair in pairs]
+        firsts = [pair.first for pair in pairs]
+        with torch.inference_mode():
+            self._latents = drawing.run(firsts, drawing.noise(firsts), 0, keep=rows, until=max(rows))
+            self._scratch = self._judged(drawing.noise(self._records), 0)
+
+    def verdicts(self, starts: Mapping[int, Start]) -> dict[int, Verdicts]:
+        """K -> verdicts of the pictures that start as `starts` says of K; K = 0 is from scratch."""
+        found = {0: self._scratch}
+        with torch.inference_mode():
+            for k, start in starts.items():
+                found[k] = self._judged(self._drawing.entered(self._records, self._latents, start), start.row)
+        return found
+
+    def _judged(self, x: torch.Tensor, first: int) -> Verdicts:
+        drawing, records = self._drawing, self._records
+        return judged(self._model, self._scorer, drawing.run(records, x, first)[drawing.steps], records)
 
 
 def means(verdicts: Verdicts, places: Sequence[int]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def make_pairs(records: Sequence[Record], embed: Embed, per_bin: int, seed: int)
     for pair in _variants(own[: 4 * per_bin], embed, draw):
         bins[bin_of(pair.similarity)].append(pair)
     chosen = [pair for found in bins for pair in draw.sample(found, min(len(found), per_bin))]
-    return [pair._replace(second=_reseeded(pair)) for pair in chosen]
+    return [pair._replace(second=reseeded(pair.second | {"seed": pair.first["seed"]})) for pair in chosen]
 
 
 def _variants(records: Sequence[Record], embed: Embed, draw: random.Random) -> list[Pair]:
@@ -71,5 +71,6 @@ def _variants(records: Sequence[Record], embed: Embed, draw: random.Random) -> l
     return [Pair(*pair, float(cosine)) for pair, cosine in zip(found, cosines, strict=True)]
 
 
-def _reseeded(pair: Pair) -> Record:
-    return pair.second | {"seed": (pair.first["seed"] + SEED_STEP) % (MAX_SEED + 1)}
+def reseeded(record: Record, times: int = 1) -> Record:
+    """The record with another seed, that far from its own."""
+    return record | {"seed": (record["seed"] + times * SEED_STEP) % (MAX_SEED + 1)}

@@ -51,8 +51,8 @@ def test_a_policy_with_its_figures_the_same_each_time(home: Path, tmp_path: Path
     assert (tmp_path / "again.json").read_text() == first
     figures = json.loads(first)["figures"]
     assert figures["prompts"] == "held-out.jsonl"
-    assert sum(bin["pairs"] for bin in figures["families"]["lcm"]["bins"]) == figures["pairs"] > 0
-    assert "| similarity | pairs | from scratch: score, all | K = 1 | K = 2 | allowed |" in table
+    assert sum(bin["pairs"] for bin in figures["families"]["lcm"]["measured"][0]["bins"]) == figures["pairs"] > 0
+    assert "| similarity | pairs | from scratch: score, all | K = 1 | K = 2 | allowed | skipped |" in table
     assert policy.target == 0.9
 
 
@@ -90,4 +90,5 @@ def test_families_are_those_that_start_late_without_a_lora(home: Path) -> None: 
     found = {family.name: (family.sampler, family.steps, family.rows) for family in measuring.families(card)}
     assert found["solver"] == ("ddim", 50, (5, 10, 15, 20, 25, 30, 35))
     assert found["lcm"] == ("lcm", 4, (1, 2, 3))
-    assert measuring.rows_run(measuring.families(card)[0], 2) == 2 * (35 + 50 + 45 + 40 + 35 + 30 + 25 + 20 + 15)
+    pairs = 2 * (35 + 50 + 45 + 40 + 35 + 30 + 25 + 20 + 15)
+    assert measuring.rows_run(measuring.families(card)[0], 2, 3) == pairs + 3 * (35 + 10 * 50)
