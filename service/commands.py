@@ -110,13 +110,15 @@ def models(chosen: argparse.Namespace) -> int:
         for status in registry.list_bundles(cache_dir):
             state = "ready" if status.pulled else "to be fetched: headstart models pull"
             print(f"{status.name}  {status.manifest.name}  {status.manifest.licence}  {state}")
-    elif chosen.action == "pull":
-        with _Bars() as bars:
-            folder = registry.pull(chosen.name, cache_dir, bars.show)
-        print(f"{chosen.name}: {folder}")
-    else:
-        manifest = registry.verify(chosen.name, cache_dir)
-        print(f"{chosen.name}: {len(manifest.files)} files are as they should be")
+        return 0
+    for name in (chosen.name,) if chosen.name else registry.ROOTS:
+        if chosen.action == "pull":
+            with _Bars() as bars:
+                folder = registry.pull(name, cache_dir, bars.show)
+            print(f"{name}: {folder}")
+        else:
+            files = registry.verify(name, cache_dir).files
+            print(f"{name}: {len(files)} {'file is as it' if len(files) == 1 else 'files are as they'} should be")
     return 0
 
 
