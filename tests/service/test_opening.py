@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 import time
@@ -15,8 +16,11 @@ import pytest
 from cache.latent.keys import Header
 from cache.latent.policy import Policy
 from cache.latent.store_lmdb import LmdbStore
+from models.bundles import registry
+from models.bundles.manifest import MANIFEST, read_manifest, seal
 from models.diffusion.loading import load_model
 from models.diffusion.model import DiffusionModel
+from models.errors import ModelError
 from service.caching import levels_of
 from service.config import CacheSettings, ModelSettings, Settings
 from service.errors import SetupError
@@ -81,6 +85,29 @@ def test_the_settings_policy_comes_before_the_models_own(model: DiffusionModel, 
     assert own is not None
     assert given is not None
     assert (own.source, given.source) == ("its own", "given")
+
+
+def test_a_bundle_ships_a_policy_as_a_sealed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, cache = bundle(tmp_path / "root"), tmp_path / "cache"
+    (root / "model_index.json").unlink()  # which assembling writes
+    about = {"name": "tiny-v1", "version": "1", "description": "", "licence": "none", "sources": {}}
+    (root / MANIFEST).write_text(json.dumps(about))
+    monkeypatch.setattr(registry, "ROOTS", {"tiny": root})
+
+    def pulled() -> Policy | None:
+        seal(root)
+        registry.pull("tiny", cache, roots=registry.ROOTS)
+        return opened(settings(cache), load_model("tiny", dtype="float32", device="cpu", cache_dir=cache))
+
+    assert getattr(pulled(), "source", None) == "NIRVANA"
+    (root / POLICY).parent.mkdir()
+    Policy({"lcm": ((0.9, 0.5),)}, {25: 0.5}, "shipped", fresh={"lcm": 0.25}).save(root / POLICY)
+    policy = pulled()
+    assert POLICY.as_posix() in [file.path for file in read_manifest(root).files]
+    assert policy == Policy.load(root / POLICY)
+    (root / POLICY).write_text("{}")
+    with pytest.raises(ModelError, match=POLICY.as_posix()):
+        registry.pull("tiny", cache, roots=registry.ROOTS)
 
 
 @pytest.mark.parametrize(("text", "told"), [("{}", "'format' is missing"), (None, "No such file or directory")])
