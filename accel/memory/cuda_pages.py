@@ -76,7 +76,10 @@ class CudaPages:
         return event
 
     def enter_thread(self) -> None:
+        """The thread's calls no longer break a CUDA graph that another thread is capturing: they touch none of it."""
         torch.cuda.set_device(self._device)
+        relaxed = self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._call("cuThreadExchangeStreamCaptureMode", relaxed)
 
     def _require_support(self) -> None:
         attribute = self._api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED

@@ -16,7 +16,7 @@ from accel.memory.cuda_pages import CudaPages
 from accel.memory.page_driver import PageDriver, VirtualMemoryError
 from accel.memory.slot_pages import KVFull, SlotPages
 
-__all__ = ["KVFull", "VirtualKV", "VirtualMemoryError"]
+__all__ = ["KVFull", "VirtualKV", "VirtualMemoryError", "open_driver"]
 
 
 class VirtualKV:
@@ -53,7 +53,7 @@ class VirtualKV:
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name}: {value}; allowed: at least 1")
-        driver = driver or _driver(torch.device(device), page_bytes)
+        driver = driver or open_driver(torch.device(device), page_bytes)
         if budget_bytes < driver.page_bytes:
             raise ValueError(f"budget_bytes: {budget_bytes}; allowed: at least one page, {driver.page_bytes}")
         self.slots, self.max_length, self.page_bytes = slots, max_length, driver.page_bytes
@@ -164,7 +164,8 @@ class VirtualKV:
             raise ValueError(f"slot: {slot}; allowed: 0 to {self.slots - 1}")
 
 
-def _driver(device: torch.device, page_bytes: int | None) -> PageDriver:
+def open_driver(device: torch.device, page_bytes: int | None = None) -> PageDriver:
+    """Virtual memory of a device; raises as VirtualKV."""
     if device.type == "cpu":
         return CpuPages(page_bytes or DEFAULT_PAGE_BYTES)
     if device.type != "cuda":

@@ -130,6 +130,7 @@ class FakeCuda:
     CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE=1)
     CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
     CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
     CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED=102)
 
     def __init__(self, granularity: int = PAGE, capacity: int = 1_000_000, supported: int = 1) -> None:
@@ -150,6 +151,9 @@ class FakeCuda:
 
     def cuInit(self, flags: int) -> tuple:  # noqa: N802
         return self._answer("cuInit", flags == 0)
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: int) -> tuple:  # noqa: N802
+        return self._answer("cuThreadExchangeStreamCaptureMode", mode == 2, 0)
 
     def cuDeviceGet(self, ordinal: int) -> tuple:  # noqa: N802
         return self._answer("cuDeviceGet", True, ordinal)

@@ -74,6 +74,15 @@ def test_a_second_mapping_at_an_address_is_the_drivers_error_and_leaves_the_firs
     assert api.mapped == {address + PAGE: pages[0]}
 
 
+def test_a_thread_uses_the_device_and_leaves_captures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    api, devices = FakeCuda(), []
+    driver, _, _ = opened(api)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    driver.enter_thread()
+    assert devices == [DEVICE]
+    assert api.calls[-1] == "cuThreadExchangeStreamCaptureMode"
+
+
 def test_page_bytes_are_the_devices_unless_asked_for() -> None:
     assert CudaPages(DEVICE, api=FakeCuda(granularity=2 << 20)).page_bytes == 2 << 20
     assert CudaPages(DEVICE, 4 << 20, FakeCuda(granularity=2 << 20)).page_bytes == 4 << 20
