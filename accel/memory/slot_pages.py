@@ -121,15 +121,14 @@ class SlotPages:
     def free(self, slot: int) -> None:
         """The slot needs nothing any more; it keeps its pages until others lack them.
 
-        Raises:
-            ValueError: the slot is not in use.
+        One that is not in use, because what should have grown it failed, is only the next one now.
         """
         with self._turn():
             self._require_open()
-            if slot in self._free:
-                raise ValueError(f"slot {slot} is not in use")
-            self._fences[slot] = self._driver.fence()
-            self._needed[slot] = 0
+            if slot not in self._free:
+                self._fences[slot] = self._driver.fence()
+                self._needed[slot] = 0
+            self._free.pop(slot, None)
             self._free[slot] = None
             with self._bell:
                 self._wanted.pop(slot, None)
@@ -141,7 +140,7 @@ class SlotPages:
             return self._next_slot()
 
     def settle(self) -> None:
-        """Wait until the background has done what it has been asked for so far."""
+        """Wait until the background has done what it has been asked for so far, or has been closed."""
         with self._bell:
             target = self._rung
             self._bell.wait_for(lambda: self._answered >= target or self._closing)

@@ -103,12 +103,12 @@ class VirtualKV:
         self._pages.prefetch(slot, self.pages_for(min(length, self.max_length)))
 
     def free(self, slot: int) -> None:
-        """The sequence is done. The slot keeps its pages for the next one, until others need them.
+        """The sequence is done, or never grew. The slot keeps its pages for the next one, until others need them.
 
         Call it on the stream that the sequence ran on: pages move on only once the work issued there is done.
 
         Raises:
-            ValueError: the slot is not in use, or out of range.
+            ValueError: the slot is out of range, or the KV is closed.
         """
         self._require_slot(slot)
         self._pages.free(slot)
