@@ -72,7 +72,7 @@ def paged_decode_triton(
         SHORTEST=_SHORTEST_SPAN,
         SPLIT=splits > 1,
         num_warps=4,
-        num_stages=2,
+        num_stages=3,
     )
     if splits > 1:
         _merge_kernel[(sequences, heads)](

@@ -22,7 +22,7 @@ RowsOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # Found by measuring SmolLM2's shape on the CPU (bench/paged.py): padding of this many tokens costs as much as another
 # call, and what is gathered at a time should stay in the processor's cache.
 _PADDING_OF_A_GROUP = 256
-_TOKENS_OF_A_GROUP = 4096
+_TOKENS_OF_A_GROUP = 2048
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,14 +37,14 @@ def check(function: Callable[..., torch.Tensor], c: Case, room: int, *where: tor
 
 
 @pytest.mark.usefixtures("_way")
-@pytest.mark.parametrize(("shape", "dtype"), KINDS)
+@pytest.mark.parametrize(("shape", "dtype"), [KINDS[0], KINDS[2], KINDS[-2]])
 @pytest.mark.parametrize("name", DECODES)
 def test_decode_is_attention(name: str, shape: Shape, dtype: torch.dtype) -> None:
     check(contiguous_decode, case(shape, [(1, length) for length in DECODES[name]], dtype), 701)
 
 
 @pytest.mark.usefixtures("_way")
-@pytest.mark.parametrize(("shape", "dtype"), KINDS)
+@pytest.mark.parametrize(("shape", "dtype"), [KINDS[0], KINDS[2], KINDS[-2]])
 @pytest.mark.parametrize("name", PREFILLS)
 def test_prefill_is_attention(name: str, shape: Shape, dtype: torch.dtype) -> None:
     c = case(shape, PREFILLS[name], dtype)
