@@ -14,9 +14,10 @@ Sequences stand in the order of `turn`, which is `arrived - priority * ageing_s`
 worth one point of priority. The first of them always gets the memory it needs, from the last ones if need be; since it
 ends after so many tokens, every request does. (Preempting the latest: PagedAttention, Kwon et al. 2023.)
 
-Those who wait are admitted by the longest prefix in memory (RadixAttention, Zheng et al. 2024) until they have waited
-`ageing_s`; from then on, in their turn and before all others. When the next in line finds no memory, no one passes it.
-So a request is overtaken only by those that are admitted within `ageing_s` of its turn, or whose turn is earlier.
+Those who wait are admitted by the longest prefix in memory (RadixAttention, Zheng et al. 2024), but while some have
+waited for `ageing_s`, one of every AGED_SHARE admitted is the first of those in turn. So no one starves; and under a
+load at which all wait that long, most of what comes in still finds its prefix in memory, where strict turns would make
+the load heavier yet. When the next in line finds no memory, no one passes it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from service.errors import InputError, invalid
 from service.llm.request import MAX_SEED, Job, LlmRequest, Reason, Sequence, State, Turn
 from service.llm.spaces import KvSpace, Moves
 
+AGED_SHARE = 4  # of so many admitted, one has aged, if any has
 LOOKAHEAD = 128  # how many of those who wait have their prefixes looked up, oldest first (as many as SGLang's)
 
 
@@ -134,6 +136,8 @@ class Scheduler:
         self._ended: list[Sequence] = []
         self._deadlines: list[Job] = []  # the next one first
         self._arrivals = 0
+        self._admissions = 0
+        self._first: Sequence | None = None  # in line, for which there was no memory the last time
 
     @property
     def running(self) -> int:
@@ -286,11 +290,15 @@ class Scheduler:
     def _admitted(self, now: float, started: list[Job]) -> Iterator[Sequence]:
         """Give memory to those that wait, one after another, while there is any."""
         seats = self._policy.max_running - sum(1 + len(sequence.forks) for sequence in self._running)
+        if not seats:
+            return
         for sequence in self._next(now):
             seats -= 1 + len(sequence.forks)
-            alone = not self._running
-            swapped = sequence.state is State.SWAPPED
-            if seats < 0 or not (self._space.swap_in if swapped else self._space.admit)(sequence, alone):
+            if seats < 0:
+                return
+            admit = self._space.swap_in if sequence.state is State.SWAPPED else self._space.admit
+            if not admit(sequence, not self._running):
+                self._first = sequence
                 return
             if sequence.state is State.WAITING:
                 self._start(sequence, now, started)
@@ -304,18 +312,22 @@ class Scheduler:
         yield from list(self._queues[State.PREEMPTED])
         if not joinable:
             return
+        if self._first is not None and self._first.state is State.WAITING:
+            yield self._first
         waiting = list(self._queues[State.WAITING])
         if self._policy.order == "fcfs":
             yield from waiting
             return
-        aged = bisect.bisect_right(waiting, now - self._policy.ageing_s, key=_urgency)
-        yield from waiting[:aged]
-        ahead = max(aged, LOOKAHEAD)
-        yield from sorted(waiting[aged:ahead], key=self._space.cached, reverse=True)  # stable: ties by turn
-        yield from waiting[ahead:]
+        aged = iter(waiting[: bisect.bisect_right(waiting, now - self._policy.ageing_s, key=_urgency)])
+        known = sorted(waiting[:LOOKAHEAD], key=self._space.cached, reverse=True)  # stable: ties by turn
+        ranked = itertools.chain(known, waiting[LOOKAHEAD:])
+        for _ in waiting:
+            order = (aged, ranked) if self._admissions % AGED_SHARE == 0 else (ranked, aged)
+            yield next(one for one in itertools.chain(*order) if one.state is State.WAITING)
 
     def _start(self, sequence: Sequence, now: float, started: list[Job]) -> None:
         sequence.cached = sequence.computed
+        self._admissions += 1
         self.prompt_tokens += len(sequence.tokens)
         self.cached_tokens += sequence.computed
         if sequence.job.started is None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from service.errors import InputError
 from service.llm.request import LlmRequest, SamplingParams, Sequence, State
-from service.llm.scheduler import Policy
+from service.llm.scheduler import AGED_SHARE, Policy
 from tests.service.llm.world import EOS, World, ask
 
 PREFIXES = [(), (1, 2, 1, 2, 1), (1, 2, 1, 2, 1, 1, 2, 2, 1), (2,) * 17]
@@ -191,8 +191,9 @@ def test_a_cold_request_starts_within_a_bound_among_endless_hits(
 
 def wait_bound(seats: int, crowd: int, answer: int) -> int:
     """Steps in which all that may come before it make way, even if one by one: those that run when it has aged, and the
-    hits that arrived before it. Each takes one step for each token of its answer, and perhaps another to be read."""
-    return (seats + crowd) * (answer + 1)
+    hits that arrived before it, with others in between. Each takes one step for each token of its answer, and
+    perhaps another to be read."""
+    return (seats + AGED_SHARE * (crowd + 1)) * (answer + 1)
 
 
 def test_without_ageing_it_never_starts():
