@@ -15,6 +15,7 @@ def kv_write_triton(
 ) -> None:
     """As accel.kernels.kv_write.kv_write, over flattened keys and values [rows, Hkv, D]."""
     tokens, heads, dim = k.shape
+    heads_block, dim_block = triton.next_power_of_2(heads), triton.next_power_of_2(dim)
     _kernel[(tokens,)](
         k,
         *k.stride(),
@@ -27,8 +28,9 @@ def kv_write_triton(
         slots,
         heads,
         dim,
-        HEADS=triton.next_power_of_2(heads),
-        DIM=triton.next_power_of_2(dim),
+        HEADS=heads_block,
+        DIM=dim_block,
+        num_warps=min(max(heads_block * dim_block // 256, 1), 16),
     )
 
 

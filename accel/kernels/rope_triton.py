@@ -14,6 +14,7 @@ def rope_triton(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, positions
     """As accel.kernels.rope.rope."""
     tokens, query_heads, dim = q.shape
     kv_heads = k.shape[1]
+    heads_block, half_block = triton.next_power_of_2(query_heads), triton.next_power_of_2(dim // 2)
     _kernel[(tokens,)](
         q,
         *q.stride(),
@@ -24,9 +25,10 @@ def rope_triton(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, positions
         query_heads,
         kv_heads,
         dim // 2,
-        QUERY_HEADS=triton.next_power_of_2(query_heads),
+        QUERY_HEADS=heads_block,
         KV_HEADS=triton.next_power_of_2(kv_heads),
-        HALF=triton.next_power_of_2(dim // 2),
+        HALF=half_block,
+        num_warps=min(max(heads_block * half_block // 256, 1), 16),
     )
 
 

@@ -72,13 +72,14 @@ def top_logprobs(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.
 
 
 def sample_tokens_reference(logits: torch.Tensor, params: SamplingRows) -> Sampled:
-    """In plain torch, for any device. On a GPU it waits to see which parameters are in use."""
+    """In plain torch, for any device, a row at a time where tokens are drawn. On a GPU it waits for each such row."""
     logits = logits.float()
     scores = _penalised(logits, params)
     tokens = scores.argmax(dim=-1)
-    drawn = (params.temperature > 0).nonzero().flatten()
-    if len(drawn):
-        tokens[drawn] = _draw(scores[drawn], params, drawn)
+    asked = (params.temperature, params.top_k, params.top_p, params.min_p, uniform(params.seeds, params.positions))
+    for row, (temperature, *limits) in enumerate(zip(*(column.tolist() for column in asked), strict=True)):
+        if temperature > 0:
+            tokens[row] = _draw(scores[row], temperature, *limits)
     return Sampled(tokens, logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0])
 
 
@@ -89,41 +90,37 @@ def _penalised(logits: torch.Tensor, params: SamplingRows) -> torch.Tensor:
     return torch.where(params.counts > 0, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _draw(scores: torch.Tensor, params: SamplingRows, rows: torch.Tensor) -> torch.Tensor:
-    """Tokens [R] of the given rows of params, whose penalised logits are scores [R, V]."""
-    best = scores.amax(dim=-1, keepdim=True)
-    weights = torch.exp((scores - best) / params.temperature[rows, None])
-    _cut_to_top_k(weights, scores, params.top_k[rows])
-    _cut_to_top_p(weights, params.top_p[rows])
-    weights[weights < params.min_p[rows, None]] = 0
-    # Sums are running ones: their order, unlike that of sum(), is the same for any number of rows.
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    target = uniform(params.seeds[rows], params.positions[rows])[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
+def _draw(
+    scores: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float, share: float
+) -> torch.Tensor:
+    """The first token, of those kept, with which the running sum of weights exceeds `share` of their total.
+
+    Args:
+        scores: [V] float32, penalised logits.
+        share: in [0, 1).
+    """
+    weights = torch.exp((scores - scores.max()) / temperature)
+    if 0 < top_k < len(scores):
+        weights[scores < scores.topk(top_k).values[-1]] = 0
+    if top_p < 1:
+        weights[weights < _least_of_nucleus(weights, top_p)] = 0
+    weights[weights < min_p] = 0
+    kept = weights.nonzero().flatten()
+    cumulative = weights[kept].cumsum(dim=0, dtype=torch.float64)
+    place = torch.searchsorted(cumulative, share * cumulative[-1], right=True)
+    return kept[place.clamp(max=len(kept) - 1)]
 
 
-def _cut_to_top_k(weights: torch.Tensor, scores: torch.Tensor, top_k: torch.Tensor) -> None:
-    rows = ((top_k > 0) & (top_k < scores.shape[1])).nonzero().flatten()
-    if len(rows):
-        counts = top_k[rows]
-        floors = scores[rows].topk(int(counts.max()), dim=-1).values.gather(1, counts[:, None] - 1)
-        weights[rows] = torch.where(scores[rows] >= floors, weights[rows], 0)
-
-
-def _cut_to_top_p(weights: torch.Tensor, top_p: torch.Tensor) -> None:
-    rows = (top_p < 1).nonzero().flatten()
-    size = min(_HEAD, weights.shape[1])
-    while len(rows):
-        mine = weights[rows]
-        wanted = top_p[rows, None] * mine.cumsum(dim=-1, dtype=torch.float64)[:, -1:]
-        head = mine.topk(size, dim=-1).values
-        enough = head.cumsum(dim=-1, dtype=torch.float64) >= wanted
-        found = enough.any(dim=-1) | (size == weights.shape[1])
-        # Where rounding leaves the whole row short of its own sum, the last is the smallest: nothing is cut.
-        last = torch.where(enough.any(dim=-1), enough.int().argmax(dim=-1), size - 1)
-        floors = head.gather(1, last[:, None])
-        weights[rows[found]] = torch.where(mine >= floors, mine, 0)[found]
-        rows, size = rows[~found], weights.shape[1]
+def _least_of_nucleus(weights: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest of the fewest largest weights that sum to top_p of the total."""
+    wanted = top_p * weights.sum(dtype=torch.float64)
+    size = min(_HEAD, len(weights))
+    head = weights.topk(size).values
+    place = torch.searchsorted(head.cumsum(dim=0, dtype=torch.float64), wanted)
+    if place == size:
+        head = weights.sort(descending=True).values
+        place = torch.searchsorted(head.cumsum(dim=0, dtype=torch.float64), wanted)
+    return head[place.clamp(max=len(head) - 1)]
 
 
 def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
