@@ -7,13 +7,15 @@ engine takes them, --at-once at a time, to an engine with the cache that `headst
 in memory. Each pass draws the same requests with the same seeds:
 
 - cache off and on, and off with other seeds, which shows what of a difference is chance;
-- the calibrated policy against NIRVANA's thresholds and against one K for every similarity from 0.65 on;
+- the calibrated policy against itself without fresh noise, where it asks for some, against NIRVANA's thresholds, and
+  against one K for every similarity from 0.65 on;
 - DPM++ and LCM that look into what DDIM left, where their guidance is DDIM's too.
 
-Without --full, the first of these alone. Scores and shares are of the scorer; the Frechet distance, in its features, is
-that to the pictures drawn with the cache off, left out where they are fewer than the features. Eviction policies are
-compared by decisions alone, on a longer stream: the same lookups and inserts, nothing drawn. The match predictor has
-bench/cache_predictor.py.
+Without --full, the first of these alone. "repeats" is how much the pictures of prompts that came more than once differ,
+the LPIPS of service/calibration/diversity.py, in percent of that with the cache off. Scores and shares are of the
+scorer; the Frechet distance, in its features, is that to the pictures drawn with the cache off, left out where they are
+fewer than the features. Eviction policies are compared by decisions alone, on a longer stream: the same lookups and
+inserts, nothing drawn; so is the match predictor, whose own time bench/cache_predictor.py has.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ from cache.latent.eviction import EVICTORS
 from cache.latent.keys import KeySpace
 from cache.latent.lookup import LatentCache
 from cache.latent.policy import Policy, nirvana
+from cache.latent.predictor import MatchPredictor
 from cache.latent.store import MemoryStore
 from models.diffusion.loading import load_model
 from models.diffusion.model import DiffusionModel
 from models.scorer import Scorer, Statistics, frechet
 from models.scorer.scorer import Reading
 from service.caching import KEPT, CacheStarts, family_of, levels_of
+from service.calibration.diversity import layouts, spread
 from service.calibration.drawing import verdicts_of
 from service.config import EngineSettings, ModelSettings
 from service.diffusion.admission import resolve
@@ -87,6 +91,7 @@ class Pass(NamedTuple):
     lookup_s: list[float]
     verdicts: dict[str, list[float | None]]
     features: torch.Tensor  # [N, F]
+    repeats: float | None  # how much pictures of one prompt differ; None where no prompt came twice
 
 
 class Stage:
@@ -121,9 +126,9 @@ class Stage:
                     total[event.request_id] = time.perf_counter() - added[event.request_id]
         ids = [str(number) for number in range(len(self._asked))]
         pictures = [images[each] for each in ids]
-        verdicts, features = self._judge(pictures)
+        verdicts, features, looks = self._judge(pictures)
         lookups = [done[each].timings.lookup_s for each in ids]
-        return Pass(pictures, [total[each] for each in ids], lookups, verdicts, features)
+        return Pass(pictures, [total[each] for each in ids], lookups, verdicts, features, self._repeats(looks))
 
     def _request(self, number: int, sampling: Sampling, store: bool, seed: int) -> ImageRequest:
         record = self._asked[number].record
@@ -138,9 +143,16 @@ class Stage:
         intent = CacheIntent(embedding=self.vectors[number], look=True, store=store)
         return replace(request, tenant=TENANT, cache=intent)
 
-    def _judge(self, images: Sequence[Image]) -> tuple[dict[str, list[float | None]], torch.Tensor]:
+    def _repeats(self, looks: torch.Tensor) -> float | None:
+        places: dict[str, list[int]] = {}
+        for place, each in enumerate(self._asked):
+            places.setdefault(each.record["prompt"], []).append(place)
+        found = [spread(looks[same].float()) for same in places.values() if len(same) > 1]
+        return sum(found) / len(found) if found else None
+
+    def _judge(self, images: Sequence[Image]) -> tuple[dict[str, list[float | None]], torch.Tensor, torch.Tensor]:
         verdicts: dict[str, list[float | None]] = {}
-        features = []
+        features, looks = [], []
         for at in range(0, len(images), JUDGED_AT_ONCE):
             part = slice(at, at + JUDGED_AT_ONCE)
             pixels = torch.from_numpy(np.stack([np.asarray(image.pixels) for image in images[part]]))
@@ -149,7 +161,8 @@ class Stage:
             for metric, values in verdicts_of(self._scorer, reading, records).items():
                 verdicts.setdefault(metric, []).extend(values)
             features.append(reading.features.cpu())
-        return verdicts, torch.cat(features)
+            looks.append(layouts(reading).half().cpu())
+        return verdicts, torch.cat(features), torch.cat(looks)
 
 
 def embedded(scorer: Scorer, prompts: Sequence[str]) -> np.ndarray:
@@ -158,8 +171,10 @@ def embedded(scorer: Scorer, prompts: Sequence[str]) -> np.ndarray:
     return vectors
 
 
-def opened(policy: Policy, evictor: str = "lcbfu", budget: int = PLENTY) -> LatentCache:
-    return LatentCache(MemoryStore(), budget, policy, evictor, seed=0)
+def opened(
+    policy: Policy, evictor: str = "lcbfu", budget: int = PLENTY, predictor: MatchPredictor | None = None
+) -> LatentCache:
+    return LatentCache(MemoryStore(), budget, policy, evictor, seed=0, predictor=lambda: predictor)
 
 
 def fixed(k: int, levels: Mapping[int, float]) -> Policy:
@@ -188,8 +203,12 @@ def summary(drawn: Pass, scratch: Pass, policy: Policy | None) -> dict[str, Any]
             found[f"{metric}_kept"] = here / there
     if drawn is not scratch and len(drawn.features) >= drawn.features.shape[1]:
         found["frechet"] = frechet(drawn.features, Statistics.of(scratch.features))
+    if drawn.repeats is not None and scratch.repeats:
+        found["repeats"] = drawn.repeats
+        found["repeats_kept"] = drawn.repeats / scratch.repeats
     if policy is not None:
         found["policy"] = {"source": policy.source, "families": {k: list(v) for k, v in policy.families.items()}}
+        found["policy"]["fresh"] = dict(policy.fresh)
     return found
 
 
@@ -200,7 +219,7 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def print_passes(title: str, passes: Mapping[str, Mapping[str, Any]]) -> None:
     print(f"\n{title}\n")
-    heads = ["", "hits", "saved", "p50 s", "p99 s", "score", "all right", "objects", "background", "Frechet"]
+    heads = ["", "hits", "saved", "p50 s", "p99 s", "score", "all right", "objects", "background", "Frechet", "repeats"]
     print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
     for name, found in passes.items():
         qualities = [
@@ -215,6 +234,7 @@ def print_passes(title: str, passes: Mapping[str, Mapping[str, Any]]) -> None:
             f"{found['p99_s']:.3f}",
             *qualities,
             f"{found['frechet']:.3f}" if "frechet" in found else "-",
+            f"{100 * found['repeats_kept']:.1f}%" if "repeats_kept" in found else "-",
         ]
         print("| " + " | ".join(cells) + " |", flush=True)
     for name, found in passes.items():
@@ -244,13 +264,18 @@ class Decisions:
         self._prompts = [each.record["prompt"] for each in asked]
         self._vectors = embedded(scorer, self._prompts)
 
-    def run(self, cache: LatentCache) -> dict[str, Any]:
-        """Share of hits, of rows saved, hits by K, bytes at the end, and lookup seconds."""
+    def run(self, cache: LatentCache, predictor: MatchPredictor | None = None) -> dict[str, Any]:
+        """Share of hits, of lookups skipped, of rows saved, hits by K, bytes at the end, and lookup seconds.
+
+        predictor: the cache's, if it has one; its training must not slow down what is measured.
+        """
         lookup_s = []
         for number, (prompt, vector) in enumerate(zip(self._prompts, self._vectors, strict=True)):
             begun = time.perf_counter()
             (found,) = cache.find(self._space, vector, self._family, self._rows, 1, number)
             lookup_s.append(time.perf_counter() - begun)
+            if predictor is not None:
+                predictor.settle(60)
             if found is None:
                 cache.insert(self._space, prompt, vector, self._latents)
                 cache.flush(10)
@@ -258,6 +283,7 @@ class Decisions:
         cache.close()
         return {
             "hits": stats.counts["hit"] / count,
+            "not_looked_up": stats.counts["skipped"] / count,
             "saved": stats.counts["rows_skipped"] / (count * len(self._rows)),
             "by_k": {k: hits / count for k, hits in stats.hits_by_steps.items()},
             "evicted": stats.counts["evicted"],
@@ -269,12 +295,12 @@ class Decisions:
 
 def print_decisions(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
     print(f"\n{title}\n")
-    heads = ["", "hits", "saved", "by K", "evicted levels", "MB", "lookup p50 ms", "p99 ms"]
+    heads = ["", "hits", "not looked up", "saved", "by K", "evicted levels", "MB", "lookup p50 ms", "p99 ms"]
     print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
     for name, found in rows.items():
         by_k = ", ".join(f"{k}: {100 * share:.1f}%" for k, share in found["by_k"].items())
         times = [f"{1e3 * found[f'lookup_{name}_s']:.2f}" for name in ("p50", "p99")]
-        cells = [name, f"{100 * found['hits']:.1f}%", f"{100 * found['saved']:.1f}%", by_k or "-"]
+        cells = [name, *(f"{100 * found[share]:.1f}%" for share in ("hits", "not_looked_up", "saved")), by_k or "-"]
         print("| " + " | ".join([*cells, str(found["evicted"]), f"{found['bytes'] / 1e6:.1f}", *times]) + " |")
 
 
@@ -317,7 +343,8 @@ def main() -> None:
         passes = {"off": summary(few, few, None), "on": summary(stage.draw(lcm, opened(policy)), few, policy)}
         report(f"lcm, {lcm.steps} steps, guidance {lcm.guidance:g}", passes)
     if sizes.ablations:
-        others = [nirvana(levels), *(fixed(k, levels) for k in KEPT)]
+        bare = replace(policy, fresh={}, source=f"{policy.source}, no fresh noise")
+        others = [*([bare] if any(policy.fresh.values()) else []), nirvana(levels), *(fixed(k, levels) for k in KEPT)]
         report(
             f"policies, ddim, {ddim.steps} steps",
             {each.source: summary(stage.draw(ddim, opened(each)), scratch, each) for each in others},
@@ -335,8 +362,11 @@ def main() -> None:
     for share in options.budgets:
         budget = int(share * whole["bytes"])
         rows |= {f"{name}, {100 * share:g}%": decisions.run(opened(policy, name, budget)) for name in EVICTORS}
-    results["decisions"] = rows
+    predictor = MatchPredictor()
+    predicted = decisions.run(opened(policy, predictor=predictor), predictor)
+    results["decisions"] = rows | {"match predictor": predicted}
     print_decisions(f"eviction, {decided} requests, budgets in percent of what is kept without one", rows)
+    print_decisions(f"match predictor, {decided} requests", {"off": whole, "on": predicted})
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{options.output} has every figure")

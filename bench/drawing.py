@@ -9,11 +9,11 @@ from service.diffusion.request import Completed, Failed, Image, ImageRequest
 
 
 def draw(engine: DiffusionEngine, requests: Sequence[ImageRequest], at_once: int) -> list[Image]:
-    """The pictures of all requests in the order of the requests; a new one enters for each that completes.
+    """The pictures of all requests in the order of the requests; a new request enters for each that completes.
 
     Stops the program if one fails.
     """
-    images: dict[str, Image] = {}
+    images: dict[tuple[str, int], Image] = {}
     waiting = list(requests)
     live = 0
     while waiting or live:
@@ -24,6 +24,6 @@ def draw(engine: DiffusionEngine, requests: Sequence[ImageRequest], at_once: int
             if isinstance(event, Failed):
                 raise SystemExit(f"request {event.request_id} failed: {event.error}")
             if isinstance(event, Image):
-                images[event.request_id] = event
+                images[event.request_id, event.index] = event
             live -= isinstance(event, Completed)
-    return [images[request.id] for request in requests]
+    return [images[request.id, index] for request in requests for index in range(request.n)]
