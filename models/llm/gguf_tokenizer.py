@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from models.diffusion.folder import one_line
 from models.errors import ModelError
 
 CONTROL, USER_DEFINED = 3, 4  # of llama.cpp's token types: those that are matched whole in a text
@@ -34,7 +35,12 @@ def build_tokenizer(values: Mapping[str, Any], path: Path) -> tuple[Tokenizer, d
     tokens, model = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.ggml.model")
     if not tokens or model not in KINDS:
         raise ModelError(f"{path}: its tokenizer is {model!r}; served are {', '.join(KINDS)}")
-    tokenizer = KINDS[model](values, {token: index for index, token in enumerate(tokens)}, path)
+    try:
+        tokenizer = KINDS[model](values, {token: index for index, token in enumerate(tokens)}, path)
+    except ModelError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise ModelError(f"{path}: its tokenizer cannot be built: {one_line(error)}") from None
     types = values.get("tokenizer.ggml.token_type") or [0] * len(tokens)
     marked = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token, kind in marked if kind == CONTROL])

@@ -91,12 +91,12 @@ def resolve(name: str, cache_dir: Path) -> Source:
         manifest = read_manifest(registry.ROOTS[bundle])
         if manifest.kind != LANGUAGE:
             raise ModelError(f"bundle {bundle!r} is a {manifest.kind} model; it writes no text")
-        folder = registry.language_folder(bundle, cache_dir)
+        folder = registry.language_folder(bundle, cache_dir, roots=registry.ROOTS)
         return Source(manifest.name, bundle, folder, manifest.version)
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return Source(path.stem, str(path), converted_folder(path, cache_dir), "local")
-    if path.is_dir():
+    if name and path.is_dir():
         return Source(path.resolve().name, str(path), path, "local")
     if HUB_ID.fullmatch(name) and not path.exists():
         folder = snapshot(name, None, cache_dir, HUB_FILES)
