@@ -39,6 +39,7 @@ from accel.memory.virtual_kv import KVFull, VirtualKV, open_driver
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64
 TOKENS_A_PAGE = 16  # of the paged cache
 MIB = 1 << 20
+LAYERS_CHECKED = (0, LAYERS // 2, LAYERS - 1)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def check_contents(device: str, scale: Scale) -> tuple[int, int]:
     for _ in range(600):
         slot = draw.randrange(slots)
         if lengths[slot] and draw.random() < 0.2:
-            for layer in (0, LAYERS // 2, LAYERS - 1):
+            for layer in LAYERS_CHECKED:
                 for cache in (kv.keys(layer), kv.values(layer)):
                     wrong += (cache[slot, : lengths[slot]] != names[slot]).sum()
             read += lengths[slot]
@@ -147,7 +148,7 @@ def check_contents(device: str, scale: Scale) -> tuple[int, int]:
         new = length - lengths[slot]
         rows = torch.arange(lengths[slot], length, device=device) + slot * kv.rows
         contents = torch.full((new, KV_HEADS, HEAD_DIM), float(names[slot]), dtype=scale.dtype, device=device)
-        for layer in range(LAYERS):
+        for layer in LAYERS_CHECKED:
             kv_write(contents, contents, kv.keys(layer), kv.values(layer), rows)
         lengths[slot] = length
         kv.prefetch(slot, length + draw.choice((1, 100)))
