@@ -40,7 +40,7 @@ class Size:
     log_every: int
 
 
-FULL = Size(rank=24, alpha=48, length=1024, batch=16, rate=1e-3, workers=8, log_every=50)
+FULL = Size(rank=24, alpha=48, length=1024, batch=16, rate=1e-3, workers=12, log_every=50)
 MINIATURE = Size(rank=8, alpha=16, length=512, batch=4, rate=1e-2, workers=0, log_every=10)
 
 
