@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from models.bundles.registry import bundle_path
 from models.llm.loading import LanguageModel, load_llm
 from models.rewriter.subjects import Vocabulary
-from models.rewriter.template import Message
+from models.rewriter.template import Message, caption_of
 from models.scorer.embedder import Embedder, load_embedder
 from models.training.concepts import load_concepts
 from models.training.prompts import TWINS, write_records
@@ -78,7 +78,6 @@ class Stepped:
 
 
 async def rewritten(rewriter: Rewriter, prompts: Sequence[str]) -> list[Rewrite]:
-    await rewriter.rewrite(prompts[0])
     return [await rewriter.rewrite(prompt) for prompt in prompts]
 
 
@@ -119,8 +118,11 @@ def main() -> None:
     budget = GPU_BUDGET_S if model.decoder.device.type == "cuda" else CPU_BUDGET_S
     rewriter = Rewriter(text, vocabulary, fits, budget)
     prompts = [pair.prompt for pair in pairs]
+    asyncio.run(rewriter.rewrite(prompts[0]))
+    text.answers.clear()
+    text.usages.clear()
     results = asyncio.run(rewritten(rewriter, prompts))
-    answers, usages = text.answers[1:], text.usages[1:]
+    answers, usages = [caption_of(answer) for answer in text.answers], list(text.usages)
     again = asyncio.run(rewritten(rewriter, [pair.prompt for pair in others]))
 
     plain = Vocabulary(concepts)
