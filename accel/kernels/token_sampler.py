@@ -76,10 +76,12 @@ def sample_tokens_reference(logits: torch.Tensor, params: SamplingRows) -> Sampl
     logits = logits.float()
     scores = _penalised(logits, params)
     tokens = scores.argmax(dim=-1)
-    asked = (params.temperature, params.top_k, params.top_p, params.min_p, uniform(params.seeds, params.positions))
-    for row, (temperature, *limits) in enumerate(zip(*(column.tolist() for column in asked), strict=True)):
-        if temperature > 0:
-            tokens[row] = _draw(scores[row], temperature, *limits)
+    drawn = (params.temperature > 0).nonzero().flatten()
+    if len(drawn):  # the uniform numbers are a hundred small operations
+        columns = (params.temperature, params.top_k, params.top_p, params.min_p)
+        asked = (*(column[drawn] for column in columns), uniform(params.seeds[drawn], params.positions[drawn]))
+        for row, *values in zip(drawn.tolist(), *(column.tolist() for column in asked), strict=True):
+            tokens[row] = _draw(scores[row], *values)
     return Sampled(tokens, logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0])
 
 
