@@ -171,5 +171,6 @@ def _wordings() -> Iterator[str]:
         for _, *phrases in row:
             yield from (re.sub(r"\{\w+\}", "", phrase) for phrase in phrases)
     yield from (*COLOUR_NAMES, *TINTS)
+    yield from (f"{colour} dots" for colour in COLOUR_NAMES)  # of a ground, and no white circle
     for words in (*COLOUR_WORDS.values(), *wordings.TINT_WORDS.values(), *wordings.UNSEEN_COLOURS.values()):
         yield from words

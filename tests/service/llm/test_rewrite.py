@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 
 from models.rewriter.subjects import Vocabulary
 from models.rewriter.template import MAX_TOKENS, Message
+from models.training.captions import describe
 from models.training.concepts import load_concepts
+from models.training.rewriter.pairs import PairWriter
+from models.training.rewriter.scenes import scenes_of
 from service.errors import BusyError
 from service.llm.rewrite import Rewrite, Rewriter
 
@@ -118,6 +122,28 @@ def test_what_is_lost_or_made_up_is_refused(prompt: str, caption: str, reason: s
 def test_what_the_image_model_would_not_read_is_refused() -> None:
     result = rewrite(Fake("a cat and a dog"), "cat, dog", lambda caption: len(caption) < 10)
     assert (result.outcome, result.reason) == ("guarded", "the caption is longer than the image model reads")
+
+
+def test_guards_let_right_captions_pass_and_notice_lost_subjects() -> None:
+    """Of the recipe's own pairs, whose captions are right; and without one of two things."""
+    concepts = load_concepts()
+    vocabulary = Vocabulary(concepts)
+    pairs = PairWriter(concepts, lambda caption: True).write("guards", 400, ["grammar", "clutter"])
+    halves = [replace(pair.meaning, things=pair.meaning.things[:1]) for pair in pairs if pair.meaning is not None]
+    captions = describe(scenes_of(halves), concepts)
+
+    def refused(prompt: str, caption: str) -> bool:
+        rewriter = Rewriter(Fake(caption), vocabulary, lambda caption: True, 60)
+        return asyncio.run(rewriter.rewrite(prompt)).outcome == "guarded"
+
+    right = [refused(pair.prompt, pair.caption) for pair in pairs]
+    lost = [
+        refused(pair.prompt, caption)
+        for pair, caption in zip(pairs, captions, strict=True)
+        if pair.meaning is not None and len(pair.meaning.things) == 2
+    ]
+    assert sum(right) <= 0.02 * len(right)
+    assert sum(lost) >= 0.8 * len(lost) > 0
 
 
 def test_no_longer_than_the_budget() -> None:
