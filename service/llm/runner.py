@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +62,8 @@ class Runner:
         self._device = model.decoder.device
         self._vocab_size = model.config.vocab_size
         self._static = _Static.empty(max_decodes, memory.address_shape, self._device)
+        self._sampled: list[Sequence] = []  # of the last batch, and what they asked for
+        self._asked = self._ask([])
         self._graphs = BucketGraphs(self._decode, bucket_sizes(max_decodes), self._device)
         with torch.inference_mode():
             self._graphs.capture()
@@ -144,11 +146,22 @@ class Runner:
             logits = logits.repeat_interleave(self._send(np.array(widths)), dim=0)
         sampled = sample_tokens(logits, self._sampling(receivers))
         tops = _alternatives(logits, receivers)
-        draws = iter(list(map(TokenLogprob, sampled.tokens.tolist(), sampled.logprobs.tolist(), tops)))
-        return [_outcome(chunk, tuple(itertools.islice(draws, len(chunk.outputs)))) for chunk in chunks]
+        logprobs = sampled.logprobs.tolist()
+        finite = math.isfinite(sum(logprobs))
+        draws = iter(list(map(TokenLogprob, sampled.tokens.tolist(), logprobs, tops)))
+        outcomes = [Outcome(chunk, tuple(itertools.islice(draws, len(chunk.outputs)))) for chunk in chunks]
+        return outcomes if finite else [_checked(outcome) for outcome in outcomes]
 
-    def _sampling(self, sequences: Items[Sequence]) -> SamplingRows:
+    def _sampling(self, sequences: list[Sequence]) -> SamplingRows:
         """What each sequence asks for. The position that its noise is drawn for is that of the new token."""
+        if sequences != self._sampled:  # most batches are those before, one token later
+            self._sampled, self._asked = sequences, self._ask(sequences)
+        positions = np.array([len(sequence.tokens) for sequence in sequences])
+        penalised = any(sequence.request.params.repetition_penalty != 1 for sequence in sequences)
+        counts = self._counts(sequences) if penalised else None
+        return replace(self._asked, positions=self._send(positions), counts=counts)
+
+    def _ask(self, sequences: list[Sequence]) -> SamplingRows:
         params = [sequence.request.params for sequence in sequences]
 
         def floats(values: Iterable[float]) -> torch.Tensor:
@@ -164,8 +177,7 @@ class Runner:
             min_p=floats(p.min_p for p in params),
             repetition_penalty=floats(p.repetition_penalty for p in params),
             seeds=integers(sequence.seed for sequence in sequences),
-            positions=integers(len(sequence.tokens) for sequence in sequences),
-            counts=self._counts(sequences) if any(p.repetition_penalty != 1 for p in params) else None,
+            positions=integers(0 for _ in sequences),
         )
 
     def _counts(self, sequences: Items[Sequence]) -> torch.Tensor:
@@ -232,10 +244,11 @@ def _alternatives(logits: torch.Tensor, sequences: Items[Sequence]) -> list[tupl
     return [tuple(zip(ids, values, strict=True))[:n] for ids, values, n in zip(tokens, logprobs, wanted, strict=True)]
 
 
-def _outcome(chunk: Chunk, draws: tuple[TokenLogprob, ...]) -> Outcome:
-    if all(math.isfinite(draw.logprob) for draw in draws):
-        return Outcome(chunk, draws)
-    return Outcome(chunk, draws, NonFiniteError("the language model's logits are not finite", code="non_finite_logits"))
+def _checked(outcome: Outcome) -> Outcome:
+    if all(math.isfinite(draw.logprob) for draw in outcome.draws):
+        return outcome
+    error = NonFiniteError("the language model's logits are not finite", code="non_finite_logits")
+    return outcome._replace(error=error)
 
 
 def _failed(chunk: Chunk, error: HeadstartError) -> Outcome:

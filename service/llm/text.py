@@ -37,6 +37,8 @@ class ChoiceText:
         return text + held
 
     def _release(self, piece: str) -> str:
+        if not self._stop:
+            return piece
         if self.stopped:
             return ""
         text = self._held + piece
