@@ -41,9 +41,8 @@ def ours(model: LanguageModel, sequences: int, context: int, new: int) -> Callab
         lengths = torch.full((sequences,), first + count, dtype=torch.int32, device=device)
         attend = PagedAttend(kv, tables, slots, starts, lengths, decodes, config.scale)
         last = torch.arange(1, sequences + 1, device=device) * count - 1
-        return TokenBatch(
-            prompt(sequences, length, device)[:, first : first + count].flatten(), positions, last, attend
-        )
+        tokens = prompt(sequences, length, device)[:, first : first + count].flatten()
+        return TokenBatch(tokens, positions, last, attend)
 
     if context:
         model.decoder(batch(0, context, 0))

@@ -206,7 +206,7 @@ def test_list(roots: registry.Roots, tmp_path: Path) -> None:
 
 
 def test_shipped_bundles_have_manifests(tmp_path: Path) -> None:
-    assert [status.name for status in registry.list_bundles(tmp_path)] == ["default"]
+    assert [status.name for status in registry.list_bundles(tmp_path)] == ["default", "smollm2"]
 
 
 def test_not_pulled(roots: registry.Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
