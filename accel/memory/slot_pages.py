@@ -189,7 +189,10 @@ class SlotPages:
         others += [other for other in range(len(self._mapped)) if other not in self._free and other != slot]
         left = len(self._pool) + sum(map(self._spare, others))
         if pages > left:
-            raise KVFull(f"slot {slot} lacks {pages} pages of {self._driver.page_bytes} bytes; {left} are left")
+            own = self._spare(slot)  # how many the background has mapped ahead is no part of the answer
+            raise KVFull(
+                f"slot {slot} lacks {pages + own} pages of {self._driver.page_bytes} bytes; {left + own} are left"
+            )
         for other in others:
             self._unmap(other, min(self._spare(other), max(0, pages - len(self._pool))))
 
