@@ -32,7 +32,7 @@ check: $(READY)  ## formatting, lint, types, import directions
 
 bench: $(READY)  ## every benchmark that runs on this machine; prints the tables of docs/benchmarks.md
 	@$(BIN)/headstart models pull
-	@for script in $(filter-out bench/drawing.py bench/llm_load.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out bench/drawing.py bench/timing.py bench/traces.py bench/llm_load.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## remove what make made, not the weights in ~/.cache/headstart
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

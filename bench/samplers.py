@@ -10,31 +10,19 @@ are of one thread, and on a GPU the Triton kernel is first checked against the t
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from timing import device_us, median_us, print_table
 
 from accel.kernels.sampler_step import sampler_step, sampler_step_reference
 from accel.samplers.noise import gaussian
 
 BATCH = 8
-
-
-def print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    titles = list(header)
-    print("\n| " + " | ".join(titles) + " |")
-    print("|" + " --- |" * len(titles))
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
 
 
 def difference_table() -> None:
@@ -69,29 +57,6 @@ def difference_table() -> None:
     )
 
 
-def median_us(action: Callable[[], object], runs: int = 200) -> float:
-    """Median microseconds from the call until its result is there, launching included."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    times = []
-    for _ in range(runs + 10):
-        wait()
-        start = time.perf_counter()
-        action()
-        wait()
-        times.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times[10:])
-
-
-def device_us(action: Callable[[], object], calls: int = 100) -> float:
-    """Microseconds of one call on the GPU alone: a CUDA graph of many, so that launching does not count."""
-    action()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            action()
-    return median_us(graph.replay, 20) / calls
-
-
 def batch(shape: tuple[int, int, int], device: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -122,7 +87,7 @@ def check_kernel(shape: tuple[int, int, int]) -> float:
 def time_table(device: str) -> None:
     torch.set_num_threads(1)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU, one thread"
-    print(f"\n{name}, torch {torch.__version__}, batch of {BATCH}, median of 200, in µs")
+    print(f"\n{name}, torch {torch.__version__}, batch of {BATCH}, median of 100, in µs")
 
     def rows() -> Iterable[list[str]]:
         for shape in ((4, 32, 32), (4, 64, 64), (4, 128, 128)):
