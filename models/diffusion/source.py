@@ -9,7 +9,7 @@ from pathlib import Path
 
 from models.bundles import registry
 from models.bundles.assemble import assembled_folder
-from models.bundles.manifest import DIFFUSION
+from models.bundles.manifest import DIFFUSION, read_manifest
 from models.diffusion.folder import one_line, quiet_libraries
 from models.errors import ModelError
 
@@ -52,7 +52,7 @@ def resolve_source(source: str, revision: str | None, cache_dir: Path) -> Source
         return Source(path.resolve().name, str(path), path, "local")
     if HUB_ID.fullmatch(source) and not path.exists():
         return _fetch(source, revision, cache_dir)
-    bundles = ", ".join(registry.ROOTS)
+    bundles = ", ".join(name for name, root in registry.ROOTS.items() if read_manifest(root).kind == DIFFUSION)
     raise ModelError(f"model {source!r} is neither a bundle ({bundles}), nor a folder, nor a hub id like owner/name")
 
 

@@ -234,7 +234,7 @@ def test_bad_arguments(whole: Path, arguments: dict[str, str], message: str) -> 
 def test_unknown_source(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="'~no-such-user/model' is neither a bundle"):
         load_model("~no-such-user/model", cache_dir=tmp_path)
-    with pytest.raises(ModelError, match="'no such model' is neither a bundle"):
+    with pytest.raises(ModelError, match=r"'no such model' is neither a bundle \(default\), nor"):
         load_model("no such model", cache_dir=tmp_path)
 
 
