@@ -17,7 +17,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $(READY)
 
 run: $(READY)  ## install, fetch the default model's text tower, serve on 127.0.0.1:8000
-	@$(BIN)/headstart models pull
+	@$(BIN)/headstart models pull default
 	@$(BIN)/headstart serve
 
 test: $(READY)  ## the whole test suite, on the CPU
