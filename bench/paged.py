@@ -15,14 +15,12 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from timing import print_table
 
 from accel.attention.batch import Attend, ContiguousAttend, PagedAttend
 from accel.memory.paged_kv import PagedKV
@@ -31,14 +29,6 @@ LAYERS, HEADS, KV_HEADS, DIM, PAGE = 8, 9, 3, 64, 16
 SCALE = DIM**-0.5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-
-
-def print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    titles = list(header)
-    print("\n| " + " | ".join(titles) + " |")
-    print("|" + " --- |" * len(titles))
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
 
 
 def median_us(action: Callable[[], object], seconds: float = 1.0) -> float:

@@ -8,15 +8,11 @@ What comes back from the host is compared with what went there.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from paged import DEVICE, DIM, DTYPE, KV_HEADS, PAGE, median_us
+from timing import print_table
 
 from accel.memory.paged_kv import HostPages, PagedKV, page_bytes
-from bench.paged import DEVICE, DIM, DTYPE, KV_HEADS, PAGE, median_us, print_table
 
 LAYERS, PAGES, HALF = 30, 256, 128
 

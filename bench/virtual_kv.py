@@ -23,11 +23,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from timing import print_table
 
 from accel.attention.contiguous import contiguous_decode, contiguous_prefill
 from accel.attention.paged import paged_decode, paged_prefill
@@ -75,14 +73,6 @@ SCALES = {
         4096,
     ),
 }
-
-
-def print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    titles = list(header)
-    print("\n| " + " | ".join(titles) + " |")
-    print("|" + " --- |" * len(titles))
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
 
 
 def wait(device: str) -> None:

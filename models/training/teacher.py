@@ -123,7 +123,7 @@ def train_teacher(
         step, source = (large, large_batches) if is_large else (usual, batches)
         loss, rows = step(*source.draw(preset.refill_every))
         norm = optimizer.step(rate)
-        meter.step(loss.detach()[None])
+        meter.step(loss[None])
         checkpoints.keep("teacher", optimizer, clock, meter.done)
         if meter.due(2 * preset.log_every, (1, 20, 100)):
             quarters = [round(part.mean().item(), 3) for part in rows.chunk(4)]
