@@ -8,6 +8,8 @@ What comes back from the host is compared with what went there.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from paged import DEVICE, DIM, DTYPE, KV_HEADS, PAGE, median_us
 from timing import print_table
