@@ -30,9 +30,9 @@ from service.calibration.drawing import Drawing, judged
 from service.calibration.edits import swapped
 from service.calibration.pairs import SEED_STEP
 from service.config import ModelSettings
-from service.diffusion.request import MAX_SEED
 from service.evaluation.material import open_material
 from service.evaluation.prompts import TWINS, Record
+from service.events import MAX_SEED
 
 STARTS = {"ddim": (50, (0, 5, 10, 15, 20, 25, 30, 35)), "lcm": (4, (0, 1, 2, 3))}  # sampler: steps, rows K
 CPU_PAIRS = 1  # of each kind: 4,000 network evaluations in all

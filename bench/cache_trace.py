@@ -51,9 +51,10 @@ from service.calibration.drawing import verdicts_of
 from service.config import EngineSettings, ModelSettings
 from service.diffusion.admission import resolve
 from service.diffusion.engine import DiffusionEngine
-from service.diffusion.request import CacheIntent, Completed, Draft, Failed, Image, ImageRequest
+from service.diffusion.request import CacheIntent, Completed, Draft, Image, ImageRequest
 from service.evaluation.material import open_material
 from service.evaluation.prompts import TWINS
+from service.events import Failed
 from service.opening import POLICY
 
 PLENTY = 10**12  # bytes: nothing is evicted

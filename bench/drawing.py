@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from service.diffusion.engine import DiffusionEngine
-from service.diffusion.request import Completed, Failed, Image, ImageRequest
+from service.diffusion.request import Completed, Image, ImageRequest
+from service.events import Failed
 
 
 def draw(engine: DiffusionEngine, requests: Sequence[ImageRequest], at_once: int) -> list[Image]:

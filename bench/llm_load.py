@@ -18,9 +18,10 @@ from accel.memory.paged_kv import page_bytes
 from models.bundles import registry
 from models.llm.loading import LanguageModel, load_llm
 from service.config import ModelSettings
+from service.events import Failed
 from service.llm.assembly import Assembly, KvPlan, assemble
 from service.llm.engine import LlmEngine
-from service.llm.request import Delta, Failed, LlmRequest, SamplingParams
+from service.llm.request import Delta, LlmRequest, SamplingParams
 from service.llm.scheduler import Policy
 
 Clock = Callable[[], float]

@@ -19,7 +19,8 @@ from models.diffusion.model import DiffusionModel
 from service.config import EngineSettings, ModelSettings
 from service.diffusion.admission import resolve
 from service.diffusion.engine import DiffusionEngine, NullObserver
-from service.diffusion.request import Draft, Failed, Image
+from service.diffusion.request import Draft, Image
+from service.events import Failed
 
 SAMPLERS = ("lcm", "ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde")
 THINGS = ("apple", "cat", "rocket", "owl", "pizza", "frog", "castle", "bicycle")

@@ -33,8 +33,9 @@ from models.training.rewriter.facts import score
 from models.training.rewriter.heldout import held_out, other_wordings, records
 from models.training.rewriter.pairs import Pair, PairWriter
 from service.config import ModelSettings
+from service.events import Failed
 from service.llm.assembly import KvPlan, assemble
-from service.llm.request import Completed, Delta, Failed, LlmRequest, SamplingParams, Usage
+from service.llm.request import Completed, Delta, LlmRequest, SamplingParams, Usage
 from service.llm.rewrite import CPU_BUDGET_S, GPU_BUDGET_S, Rewrite, Rewriter
 from service.llm.scheduler import Policy
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from service.calibration.edits import EDITS, Editor, reworded
-from service.diffusion.request import MAX_SEED
 from service.evaluation.prompts import FIELDS, Record
+from service.events import MAX_SEED
 
 NEW, POPULAR = 0.20, 0.35  # shares of requests; the rest are sessions'
 WORD_FOR_WORD = 0.6  # of popular ones

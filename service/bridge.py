@@ -1,8 +1,8 @@
 """Runs an engine in its own thread; what it says becomes asynchronous streams of events.
 
-The engine needs `add`, `abort`, `step`, `has_work` and `fail_all`, which are called from the engine's thread only.
-Commands travel to the thread in a list under a condition variable, on which an idle thread sleeps. Events travel back
-through one mailbox a request (`service/stream.py`).
+It knows neither pictures nor text: any engine will do that has `add`, `abort`, `step`, `has_work` and `fail_all`, which
+are called from the engine's thread only. Commands travel to the thread in a list under a condition variable, on which
+an idle thread sleeps. Events travel back through one mailbox a request (`service/stream.py`).
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from service.config import EngineSettings
-from service.diffusion.request import Cancelled, Completed, Event, Failed, Started, Timings
 from service.errors import BusyError, ConflictError, HeadstartError, UnavailableError
-from service.stream import Mailbox, Request, RequestStream, is_terminal
+from service.events import Cancelled, Completed, Event, Failed, Started, Timings, is_terminal
+from service.stream import Mailbox, Request, RequestStream
 
 __all__ = ["ABORT_S", "Bridge", "Engine", "RequestStream", "Stats"]
 
@@ -31,14 +32,20 @@ MAX_RETRY_AFTER_S = 300
 
 
 R_contra = TypeVar("R_contra", bound=Request, contravariant=True)
+T = TypeVar("T")
 
 
 class Engine(Protocol[R_contra]):
     def add(self, request: R_contra) -> None: ...
     def abort(self, request_id: str) -> None: ...
-    def step(self) -> list[Event]: ...
+    def step(self) -> Sequence[Event]: ...
     def has_work(self) -> bool: ...
-    def fail_all(self, error: HeadstartError) -> list[Event]: ...
+    def fail_all(self, error: HeadstartError) -> Sequence[Event]: ...
+
+
+class Limits(Protocol):
+    @property
+    def max_waiting(self) -> int: ...
 
 
 class Stats(NamedTuple):
@@ -52,25 +59,43 @@ class Stats(NamedTuple):
 class Room:
     """Places in the queue that are kept for a request; none once it has been submitted."""
 
-    pictures: int
+    places: int
 
 
 class Bridge(Generic[R_contra]):
-    """An engine, its thread, and the requests that are live in it."""
+    """An engine, its thread, and the requests that are live in it.
 
-    def __init__(self, engine: Engine[R_contra], settings: EngineSettings) -> None:
+    Args:
+        limits: `max_waiting` places in the queue; a request takes `n`.
+        noun: what takes a place, as errors call it.
+        thread: its name.
+        around: what the thread runs in: a stream of the device, say.
+    """
+
+    def __init__(
+        self,
+        engine: Engine[R_contra],
+        limits: Limits,
+        *,
+        noun: str = "pictures",
+        thread: str = "engine",
+        around: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
         self._engine = engine
-        self._max_waiting = settings.max_waiting
+        self._max_waiting = limits.max_waiting
+        self._noun = noun
+        self._around = around
         self._condition = threading.Condition()  # guards everything below
         self._live: dict[str, Mailbox] = {}
-        self._waiting = 0  # pictures of live requests that have not started, and of requests yet to be submitted
+        self._waiting = 0  # places of live requests that have not started, and of requests yet to be submitted
         self._commands: list[Callable[[], None]] = []
+        self._calls: set[Future[Any]] = set()  # of `call`, not begun
         self._accepting = False
         self._stopping = False
         self._error: HeadstartError | None = None
         self._busy_s = 0.0  # engine time since the last request completed
-        self._picture_s = 0.0  # engine time that one picture takes, a running mean
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._place_s = 0.0  # engine time that what takes one place takes, a running mean
+        self._thread = threading.Thread(target=self._run, name=thread, daemon=True)
 
     def start(self) -> None:
         self._accepting = True
@@ -88,15 +113,15 @@ class Bridge(Generic[R_contra]):
             return Stats(started, len(self._live) - started)
 
     @contextlib.contextmanager
-    def room(self, pictures: int) -> Iterator[Room]:
+    def room(self, places: int) -> Iterator[Room]:
         """Room in the queue for a request that is still being made ready: what that costs is for accepted ones only.
 
         Raises BusyError and UnavailableError as `submit`.
         """
         with self._condition:
-            self._check(pictures)
-            self._waiting += pictures
-        room = Room(pictures)
+            self._check(places)
+            self._waiting += places
+        room = Room(places)
         try:
             yield room
         finally:
@@ -110,7 +135,7 @@ class Bridge(Generic[R_contra]):
             room: what was kept for the request; it takes its place.
 
         Raises:
-            BusyError: more than `max_waiting` pictures would wait.
+            BusyError: more than `max_waiting` places would be taken.
             ConflictError: a request with this id is live.
             UnavailableError: not started, closing, or the engine's thread has died.
         """
@@ -127,22 +152,44 @@ class Bridge(Generic[R_contra]):
             self._condition.notify()
         return RequestStream(mailbox, self._abort)
 
-    def _check(self, pictures: int) -> None:
-        """Raise unless so many pictures more can be accepted."""
+    def _check(self, places: int) -> None:
+        """Raise unless so many places are free."""
         if not self._accepting:
             raise self._error or UnavailableError("the engine is not running")
-        excess = self._waiting + pictures - self._max_waiting
+        excess = self._waiting + places - self._max_waiting
         if excess > 0:
-            message = f"the queue is full: at most {self._max_waiting} pictures wait"
+            message = f"the queue is full: at most {self._max_waiting} {self._noun} wait"
             raise BusyError(message, retry_after=self._pause(excess))
 
     def _give_back(self, room: Room) -> None:
-        self._waiting -= room.pictures
-        room.pictures = 0
+        self._waiting -= room.places
+        room.places = 0
 
-    def _pause(self, pictures: int) -> int:
-        """Whole seconds in which so many pictures should leave the queue."""
-        return min(MAX_RETRY_AFTER_S, math.ceil(pictures * self._picture_s))
+    def _pause(self, places: int) -> int:
+        """Whole seconds in which so many places should become free."""
+        return min(MAX_RETRY_AFTER_S, math.ceil(places * self._place_s))
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """The result of a function that the engine's thread calls between two steps.
+
+        Raises what the function does, and UnavailableError where no thread is left to call it.
+        """
+        future: Future[T] = Future()
+
+        def command() -> None:
+            self._calls.discard(future)
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._condition:
+            if not self._accepting:
+                raise self._error or UnavailableError("the engine is not running")
+            self._calls.add(future)
+            self._commands.append(command)
+            self._condition.notify()
+        return await asyncio.shield(asyncio.wrap_future(future))
 
     def _abort(self, mailbox: Mailbox) -> None:
         """From any thread; nothing happens when the mailbox's request has ended."""
@@ -181,21 +228,28 @@ class Bridge(Generic[R_contra]):
 
     def _run(self) -> None:
         try:
-            while True:
-                with self._condition:
-                    self._condition.wait_for(lambda: self._commands or self._stopping or self._engine.has_work())
-                    commands, self._commands = self._commands, []
-                    if self._stopping:
-                        return
-                for command in commands:
-                    command()
-                begun = time.monotonic()
-                events = self._engine.step() if self._engine.has_work() else []
-                self._busy_s += time.monotonic() - begun
-                self._deliver(events)
+            with self._around():
+                self._work()
         except BaseException as error:
             log.exception("the engine's thread died")
             self._die(error)
+        finally:
+            for future in self._calls:
+                future.set_exception(self._error or UnavailableError("the engine is not running"))
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._commands or self._stopping or self._engine.has_work())
+                commands, self._commands = self._commands, []
+                if self._stopping:
+                    return
+            for command in commands:
+                command()
+            begun = time.monotonic()
+            events = self._engine.step() if self._engine.has_work() else []
+            self._busy_s += time.monotonic() - begun
+            self._deliver(events)
 
     def _add(self, request: R_contra) -> None:
         try:
@@ -206,7 +260,7 @@ class Bridge(Generic[R_contra]):
                 error = HeadstartError("the request could not be started")
             self._deliver([Failed(request.id, error, Timings())])
 
-    def _deliver(self, events: list[Event]) -> None:
+    def _deliver(self, events: Sequence[Event]) -> None:
         for event in events:
             with self._condition:
                 mailbox = self._live.get(event.request_id)
@@ -217,20 +271,20 @@ class Bridge(Generic[R_contra]):
                 self._abort(mailbox)
 
     def _count(self, mailbox: Mailbox, event: Event) -> None:
-        pictures = mailbox.request.n
+        places = mailbox.request.n
         if isinstance(event, Started):
             mailbox.started = True
-            self._waiting -= pictures
+            self._waiting -= places
         if is_terminal(event):
             del self._live[event.request_id]
             if not mailbox.started:
-                self._waiting -= pictures
+                self._waiting -= places
         if isinstance(event, Completed):
-            self._pace(pictures)
+            self._pace(places)
 
-    def _pace(self, pictures: int) -> None:
-        sample = self._busy_s / pictures
-        self._picture_s = sample if self._picture_s == 0.0 else 0.8 * self._picture_s + 0.2 * sample
+    def _pace(self, places: int) -> None:
+        sample = self._busy_s / places
+        self._place_s = sample if self._place_s == 0.0 else 0.8 * self._place_s + 0.2 * sample
         self._busy_s = 0.0
 
     def _die(self, error: BaseException) -> None:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from service.config import DEFAULT_TENANT, Settings
-from service.diffusion.request import Draft, Failed, parse_size
+from service.diffusion.request import Draft, parse_size
 from service.errors import HeadstartError, SetupError
 from service.evaluation.prompts import read_prompts
+from service.events import Failed
 from service.oneshot import FLAGS, say
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYP
 from prometheus_client.registry import Collector
 
 from service.bridge import Stats
-from service.diffusion.request import CACHE_FAULTS, Image, Timings
+from service.diffusion.request import CACHE_FAULTS, Image
+from service.events import Timings
 
 if TYPE_CHECKING:
     from cache.latent.lookup import LatentCache

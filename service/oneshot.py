@@ -16,8 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from service.config import DEFAULT_TENANT, Settings
-from service.diffusion.request import Completed, Draft, Failed, Image, ImageRequest, Progress, parse_size
+from service.diffusion.request import Completed, Draft, Image, ImageRequest, Progress, parse_size
 from service.errors import CancelledError, SetupError
+from service.events import Failed
 from service.pictures import SUFFIXES, contact_sheet, encode
 from service.recipe import Recipe, recipe_of
 

@@ -14,9 +14,10 @@ from service.bridge import Bridge
 from service.config import EngineSettings, Settings
 from service.diffusion.admission import resolve
 from service.diffusion.engine import DiffusionEngine, Observer
-from service.diffusion.request import MAX_SEED, Draft, Failed, ImageRequest
+from service.diffusion.request import Draft, ImageRequest
 from service.diffusion.starts import Starts
 from service.errors import InputError
+from service.events import MAX_SEED, Failed
 from service.latents import Latents
 
 SETTLE_S = 2.0  # for latents on their way to the cache, when it closes

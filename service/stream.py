@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
-from service.diffusion.request import Cancelled, Completed, Event, Failed, Progress
+from service.events import Event, Mergeable, is_terminal
 
 
 class Request(Protocol):
@@ -22,8 +22,8 @@ class Request(Protocol):
 class Mailbox:
     """Events of one request on their way from the engine's thread to the reader's loop.
 
-    It holds at most one Progress a picture, the latest, so that a slow reader costs bounded memory and still gets every
-    image.
+    Events that can be merged are, while they wait, so that a slow reader costs bounded memory and misses nothing that
+    matters: of a picture's progress it gets the latest, of a text all that has come meanwhile in one piece.
     """
 
     def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
@@ -38,8 +38,12 @@ class Mailbox:
         """From any thread. False when the reader's loop is gone."""
         with self._lock:
             wake = not self._events
-            if isinstance(event, Progress):
-                self._events = [other for other in self._events if not _same_picture(other, event)]
+            if isinstance(event, Mergeable):
+                for at, earlier in enumerate(self._events):
+                    if (both := event.merged(earlier)) is not None:
+                        del self._events[at]
+                        event = both
+                        break
             self._events.append(event)
         if wake:
             try:
@@ -55,14 +59,6 @@ class Mailbox:
                     return self._events.pop(0)
                 self._filled.clear()
             await self._filled.wait()
-
-
-def _same_picture(event: Event, progress: Progress) -> bool:
-    return isinstance(event, Progress) and event.index == progress.index
-
-
-def is_terminal(event: Event) -> bool:
-    return isinstance(event, Completed | Failed | Cancelled)
 
 
 class RequestStream:

@@ -36,7 +36,8 @@ from models.training.concepts import COLOURS
 from service.config import EngineSettings, ModelSettings
 from service.diffusion.admission import resolve
 from service.diffusion.engine import DiffusionEngine
-from service.diffusion.request import Draft, Failed, Image
+from service.diffusion.request import Draft, Image
+from service.events import Failed
 from service.pictures import read_recipe
 
 CACHE = ModelSettings().cache_dir

@@ -12,12 +12,13 @@ from typing import Any, cast
 import numpy as np
 from starlette.requests import Request
 
+from service.api.live import live
 from service.api.middleware import tenant_of
 from service.api.schemas import DrawBody
 from service.api.state import Service
 from service.bridge import RequestStream
-from service.diffusion.request import Cancelled, Completed, Event, Failed, Image, ImageRequest, Partial
-from service.errors import CancelledError, UnavailableError
+from service.diffusion.request import Completed, Image, ImageRequest, Partial
+from service.events import Event
 from service.recipe import recipe_of
 
 
@@ -110,36 +111,13 @@ async def draw(service: Service, client: Request, job: Job, stream: RequestStrea
 
 @contextlib.asynccontextmanager
 async def events_of(service: Service, client: Request, stream: RequestStream) -> AsyncIterator[AsyncIterator[Event]]:
-    """The stream's events up to Completed; any other end is raised as its HeadstartError.
-
-    The request is cancelled when the client closes its connection, and when the context is left before the end.
-    """
-    watch = asyncio.create_task(_cancel_on_disconnect(client, stream))
-    try:
-        async with stream:
-            yield _until_terminal(service, stream)
-    finally:
-        watch.cancel()
+    """The events of a drawing, counted; see `live`."""
+    async with live(service, client, stream, service.metrics.ended) as events:
+        yield _counted(service, events)
 
 
-async def _until_terminal(service: Service, stream: RequestStream) -> AsyncIterator[Event]:
-    async for event in stream:
-        if isinstance(event, Completed):
-            service.metrics.ended("completed", event.timings)
-        elif isinstance(event, Image):
+async def _counted(service: Service, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    async for event in events:
+        if isinstance(event, Image):
             service.metrics.finished(event)
-        elif isinstance(event, Failed):
-            service.metrics.ended("failed", event.timings)
-            raise event.error
-        elif isinstance(event, Cancelled):
-            service.metrics.ended("cancelled", event.timings)
-            if service.draining:
-                raise UnavailableError("the server shut down before the request was done", code="shutting_down")
-            raise CancelledError("the client closed the connection")
         yield event
-
-
-async def _cancel_on_disconnect(client: Request, stream: RequestStream) -> None:
-    while (await client.receive())["type"] != "http.disconnect":
-        pass
-    stream.cancel()

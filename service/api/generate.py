@@ -19,8 +19,9 @@ from service.api.openapi import json_body
 from service.api.schemas import GenerateBody
 from service.api.state import Service, service_of
 from service.bridge import RequestStream
-from service.diffusion.request import Completed, Image, Partial, Progress, Started
+from service.diffusion.request import Completed, Image, Partial, Progress
 from service.errors import invalid
+from service.events import Started
 
 router = APIRouter()
 PICTURES = ("png", "jpeg", "webp")

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.calibration.edits import EDITS, Editor, reworded
-from service.diffusion.request import MAX_SEED
 from service.evaluation.prompts import Record
+from service.events import MAX_SEED
 
 # Least similarity of each bin. The last bin is that of a prompt asked again.
 EDGES = (-1.0, 0.2, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.995)

@@ -8,8 +8,9 @@ from itertools import pairwise
 
 from models.diffusion.model import ModelCard, SamplerDefaults
 from service.config import EngineSettings
-from service.diffusion.request import MAX_SEED, Draft, ImageRequest
+from service.diffusion.request import Draft, ImageRequest
 from service.errors import invalid
+from service.events import MAX_SEED
 
 Loras = tuple[tuple[str, float], ...]  # (name, scale)
 

@@ -19,22 +19,12 @@ from accel.samplers.schedules import ConsistencySchedule
 from models.diffusion.model import Condition, DiffusionModel, ModelCard
 from service.config import EngineSettings
 from service.diffusion.picture import Job, Picture, Tick
-from service.diffusion.request import (
-    Cancelled,
-    Completed,
-    Event,
-    Failed,
-    Image,
-    ImageRequest,
-    Partial,
-    Progress,
-    Started,
-    State,
-)
+from service.diffusion.request import Completed, Event, Image, ImageRequest, Partial, Progress, State
 from service.diffusion.runner import Runner
 from service.diffusion.scheduler import Scheduler
 from service.diffusion.starts import GuardedStarts, Starts, Wanted
 from service.errors import DeadlineError, HeadstartError, InputError
+from service.events import Cancelled, Failed, Started
 from service.faults import explained
 
 DECODE_BATCH = 4

@@ -86,7 +86,14 @@ class Job:
 
     def timings(self, now: float) -> Timings:
         queued = (now if self.started is None else self.started) - self.arrived
-        return Timings(queued, self.encode_s, self.lookup_s, self.denoise_s, self.decode_s, now - self.arrived)
+        return Timings(
+            queue_s=queued,
+            encode_s=self.encode_s,
+            lookup_s=self.lookup_s,
+            denoise_s=self.denoise_s,
+            decode_s=self.decode_s,
+            total_s=now - self.arrived,
+        )
 
 
 class Tick(NamedTuple):

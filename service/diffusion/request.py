@@ -6,9 +6,9 @@ import enum
 import re
 from dataclasses import dataclass, field
 
+from service import events
 from service.errors import invalid
-
-MAX_SEED = 2**32 - 1
+from service.events import Cancelled, Failed, Started
 
 # What the cache can fail to do for a request, which then is drawn all the same: a "lookup" failed, was "late", or found
 # an "unusable" start; "marks", the choice of latents to keep, failed; to "keep" them failed; or too many of them were
@@ -95,24 +95,17 @@ class ImageRequest:
     cache: CacheIntent | None = None  # None: the cache is bypassed
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings(events.Timings):
     """Seconds. `denoise_s` and `decode_s` are wall time in that stage, shared ticks counted whole."""
 
-    queue_s: float = 0.0
     encode_s: float = 0.0
     lookup_s: float = 0.0  # in the approximate cache
     denoise_s: float = 0.0
     decode_s: float = 0.0
-    total_s: float = 0.0
 
 
-# What engine.step() returns, in order. Every accepted request gets exactly one of Completed, Failed, Cancelled.
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    request_id: str
+# What engine.step() returns, in order, beside Started, Failed and Cancelled (service.events).
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +116,10 @@ class Progress:
     index: int
     step: int
     steps: int
+
+    def merged(self, earlier: events.Event) -> Progress | None:
+        """The latest tells all."""
+        return self if isinstance(earlier, Progress) and earlier.index == self.index else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,27 +152,11 @@ class Image:
 
 
 @dataclass(frozen=True, slots=True)
-class Completed:
+class Completed(events.Completed):
     """`warnings` say what of the request had no effect."""
 
-    request_id: str
     timings: Timings
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """`error` is a service.errors.HeadstartError."""
-
-    request_id: str
-    error: Exception
-    timings: Timings
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    request_id: str
-    timings: Timings
 
 
 Event = Started | Progress | Partial | Image | Completed | Failed | Cancelled

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from accel.samplers.plans import Plan
 from service.diffusion.picture import Bucket, Job, Key, Picture, Tick
-from service.diffusion.request import MAX_SEED, ImageRequest, State
+from service.diffusion.request import ImageRequest, State
 from service.diffusion.starts import Start
+from service.events import MAX_SEED
 
 if TYPE_CHECKING:
     from models.diffusion.model import Condition

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from service.config import Settings, version
-from service.diffusion.request import MAX_SEED, Draft, parse_size
+from service.diffusion.request import Draft, parse_size
 from service.errors import SetupError
 from service.evaluation.material import SCORER, open_material
 from service.evaluation.metrics import parse_metrics
 from service.evaluation.report import Folder, table
+from service.events import MAX_SEED
 from service.oneshot import Lora, say
 
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from service.config import DEFAULT_TENANT, Settings
 from service.diffusion.engine import NullObserver
-from service.diffusion.request import Draft, Failed, Image, ImageRequest
+from service.diffusion.request import Draft, Image, ImageRequest
 from service.errors import CancelledError, SetupError
+from service.events import Failed
 from service.runtime import Runtime, open_warm_runtime
 
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.diffusion.request import MAX_SEED
 from service.errors import SetupError
+from service.events import MAX_SEED
 
 if TYPE_CHECKING:
     from models.scorer.config import Vocabulary

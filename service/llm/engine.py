@@ -8,20 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from service.errors import DeadlineError, HeadstartError
-from service.llm.request import (
-    Cancelled,
-    ChoiceEnded,
-    Completed,
-    Delta,
-    Event,
-    Failed,
-    Job,
-    LlmRequest,
-    Sequence,
-    Started,
-    State,
-    Timings,
-)
+from service.events import Cancelled, Failed, Started
+from service.llm.request import ChoiceEnded, Completed, Delta, Event, Job, LlmRequest, Sequence, State, Timings
 from service.llm.runner import Outcome, Runner
 from service.llm.scheduler import Batch, Scheduler
 from service.llm.text import ChoiceText, Detokenizer
@@ -155,7 +143,7 @@ class LlmEngine:
             assert sequence.reason is not None  # it has ended
             self._events.append(ChoiceEnded(sequence.request.id, sequence.index, sequence.reason))
         for job in ended.jobs:
-            self._events.append(Completed(job.request.id, job.usage, self._timings(job)))
+            self._events.append(Completed(job.request.id, self._timings(job), job.usage))
             del self._answers[job]
 
     def _fail(self, job: Job, error: HeadstartError) -> None:
@@ -170,7 +158,11 @@ class LlmEngine:
     def _timings(self, job: Job) -> Timings:
         now, first = self._clock(), self._answers[job].first_token
         started = now if job.started is None else job.started
-        return Timings(started - job.arrived, 0.0 if first is None else first - job.arrived, now - job.arrived)
+        return Timings(
+            queue_s=started - job.arrived,
+            first_token_s=0.0 if first is None else first - job.arrived,
+            total_s=now - job.arrived,
+        )
 
     def _drain(self) -> list[Event]:
         events, self._events = self._events, []

@@ -16,12 +16,13 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from service import events
 from service.errors import invalid
+from service.events import MAX_SEED, Cancelled, Failed, Started
 
 if TYPE_CHECKING:
     from cache.prefix.radix import Node
 
-MAX_SEED = 2**32 - 1
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 
@@ -172,21 +173,14 @@ class Usage:
         return self.prompt + self.completion
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings(events.Timings):
     """Seconds. `first_token_s` counts from arrival."""
 
-    queue_s: float = 0.0
     first_token_s: float = 0.0
-    total_s: float = 0.0
 
 
-# What engine.step() returns, in order. Every accepted request gets exactly one of Completed, Failed, Cancelled.
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    request_id: str
+# What engine.step() returns, in order, beside Started, Failed and Cancelled (service.events).
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +202,14 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] | None = None
     text: str = ""
 
+    def merged(self, earlier: events.Event) -> Delta | None:
+        """Both, where a reader is slower than the model: what waits for it is one Delta a choice."""
+        if not isinstance(earlier, Delta) or earlier.choice != self.choice:
+            return None
+        logprobs = None if self.logprobs is None else (earlier.logprobs or ()) + self.logprobs
+        tokens, text = earlier.tokens + self.tokens, earlier.text + self.text
+        return Delta(self.request_id, self.choice, tokens, logprobs, text)
+
 
 @dataclass(frozen=True, slots=True)
 class ChoiceEnded:
@@ -217,25 +219,9 @@ class ChoiceEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class Completed:
-    request_id: str
+class Completed(events.Completed):
+    timings: Timings
     usage: Usage
-    timings: Timings = Timings()
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """`error` is a service.errors.HeadstartError."""
-
-    request_id: str
-    error: Exception
-    timings: Timings = Timings()
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    request_id: str
-    timings: Timings = Timings()
 
 
 Event = Started | Delta | ChoiceEnded | Completed | Failed | Cancelled

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from service.errors import InputError, invalid
-from service.llm.request import MAX_SEED, Job, LlmRequest, Reason, Sequence, State, Turn
+from service.events import MAX_SEED
+from service.llm.request import Job, LlmRequest, Reason, Sequence, State, Turn
 from service.llm.spaces import KvSpace, Moves
 
 AGED_SHARE = 4  # of so many admitted, one has aged, if any has

@@ -17,19 +17,9 @@ from service.api.state import Service
 from service.app import Opener, create_app
 from service.bridge import Bridge
 from service.config import EngineSettings, ServerSettings, Settings
-from service.diffusion.request import (
-    Cancelled,
-    Completed,
-    Event,
-    Failed,
-    Image,
-    ImageRequest,
-    Partial,
-    Progress,
-    Started,
-    Timings,
-)
+from service.diffusion.request import Completed, Event, Image, ImageRequest, Partial, Progress, Timings
 from service.errors import HeadstartError, NonFiniteError
+from service.events import Cancelled, Failed, Started
 from service.metrics import Metrics
 from service.runtime import Runtime
 
@@ -109,7 +99,11 @@ class FakeEngine:
                 seed = (request.seed + index) % 2**32
                 self.events.append(Image(request.id, index, seed, picture(request, seed), row, 1, 2 * row))
         if row == request.steps:
-            self.events.append(self._end(Completed(request.id, Timings(0.1, 0.2, 0.0, 0.3, 0.4, 1.0))))
+            self.events.append(
+                self._end(
+                    Completed(request.id, Timings(queue_s=0.1, encode_s=0.2, denoise_s=0.3, decode_s=0.4, total_s=1.0))
+                )
+            )
 
     def _end(self, event: Event) -> Event:
         del self.requests[event.request_id], self.rows[event.request_id]

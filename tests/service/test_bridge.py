@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
 import threading
@@ -13,8 +14,9 @@ import pytest
 
 from service.bridge import Bridge, RequestStream
 from service.diffusion.engine import DiffusionEngine
-from service.diffusion.request import Cancelled, Completed, Event, Failed, Image, Progress, Started, Timings
+from service.diffusion.request import Completed, Event, Image, Progress, Timings
 from service.errors import BusyError, ConflictError, HeadstartError, UnavailableError
+from service.events import Cancelled, Failed, Started
 from tests.service.diffusion.toy import ToyModel, request, settings
 
 TERMINAL = (Completed, Failed, Cancelled)
@@ -392,6 +394,57 @@ def test_the_death_of_the_thread_fails_every_open_stream(fails):
         await bridge.close(1.0)
 
     asyncio.run(run())
+
+
+def test_a_function_is_called_by_the_engines_thread_and_never_left_waiting():
+    async def body(bridge: Bridge, model: ToyModel) -> None:
+        assert await bridge.call(lambda: threading.current_thread().name) == "engine"
+        with pytest.raises(KeyError, match="mine"):
+            await bridge.call(lambda: {}["mine"])
+        gate = Gate(model)
+        stream = bridge.submit(request())
+        await until(gate.reached.is_set)
+        call = asyncio.create_task(bridge.call(lambda: 1))
+        await asyncio.sleep(0)
+        gate.open()
+        assert await call == 1
+        assert isinstance((await events_of(stream))[-1], Completed)
+        await bridge.close(0.0)
+        with pytest.raises(UnavailableError):
+            await bridge.call(lambda: 1)
+
+    on_bridge(body)
+
+
+def test_a_call_that_the_thread_did_not_live_to_make_fails():
+    async def run() -> None:
+        bridge = Bridge(BrokenEngine(fails=False), settings())
+        bridge.start()
+        bridge.submit(request("a"))
+        calls = [asyncio.create_task(bridge.call(lambda: time.sleep(0.01))) for _ in range(50)]
+        results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+        assert all(result is None or isinstance(result, UnavailableError) for result in results)
+
+    asyncio.run(run())
+
+
+def test_the_thread_works_within_what_it_is_given():
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def around():
+        seen.append(threading.current_thread().name)
+        yield
+        seen.append("left")
+
+    async def run() -> None:
+        bridge = Bridge(DiffusionEngine(ToyModel(), settings()), settings(max_waiting=1), thread="llm", around=around)
+        bridge.start()
+        assert isinstance((await events_of(bridge.submit(request())))[-1], Completed)
+        await bridge.close(0.0)
+
+    asyncio.run(run())
+    assert seen == ["llm", "left"]
 
 
 def test_a_request_that_the_engine_refuses_fails_alone():

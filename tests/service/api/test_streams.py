@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from service.api.events import EventStream, Messages
-from service.diffusion.request import Cancelled
+from service.events import Cancelled
 from tests.service.serving import Running, serving, until
 
 SLOW = {"prompt": "a", "num_inference_steps": 200}

@@ -8,8 +8,9 @@ import pytest
 from models.diffusion.model import SamplerDefaults, StudentLora
 from service.config import EngineSettings
 from service.diffusion.admission import resolve
-from service.diffusion.request import MAX_SEED, Draft, ImageRequest
+from service.diffusion.request import Draft, ImageRequest
 from service.errors import InputError
+from service.events import MAX_SEED
 from tests.service.diffusion.toy import CARD
 
 CLASSES = replace(

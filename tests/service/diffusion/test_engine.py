@@ -12,18 +12,9 @@ import torch
 from accel.samplers.library import build_plan
 from accel.samplers.noise import gaussian
 from service.diffusion.engine import DiffusionEngine, NullObserver
-from service.diffusion.request import (
-    Cancelled,
-    Completed,
-    Event,
-    Failed,
-    Image,
-    ImageRequest,
-    Partial,
-    Progress,
-    Started,
-)
+from service.diffusion.request import Completed, Event, Image, ImageRequest, Partial, Progress
 from service.errors import DeadlineError, InputError
+from service.events import Cancelled, Failed, Started
 from tests.service.diffusion.toy import CHANNELS, ToyModel, drain, request, settings
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from service.diffusion.engine import DiffusionEngine
-from service.diffusion.request import Completed, Event, Failed, Image, ImageRequest
+from service.diffusion.request import Completed, Event, Image, ImageRequest
 from service.errors import HeadstartError, NonFiniteError, OutOfMemoryError, UnavailableError
+from service.events import Failed
 from tests.service.diffusion.toy import ToyModel, drain, request, settings
 
 

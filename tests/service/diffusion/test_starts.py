@@ -14,18 +14,9 @@ from accel.samplers.library import build_plan
 from accel.samplers.plans import Plan
 from service.diffusion import starts as module
 from service.diffusion.engine import DiffusionEngine
-from service.diffusion.request import (
-    CacheIntent,
-    Cancelled,
-    Completed,
-    Event,
-    Failed,
-    Image,
-    ImageRequest,
-    Partial,
-    Progress,
-)
+from service.diffusion.request import CacheIntent, Completed, Event, Image, ImageRequest, Partial, Progress
 from service.diffusion.starts import Start, Starts
+from service.events import Cancelled, Failed
 from tests.service.diffusion.toy import CARD, CHANNELS, ToyModel, drain, request, settings
 
 SHAPE = (CHANNELS, 4, 4)

@@ -14,8 +14,9 @@ from accel.attention.batch import TokenBatch
 from accel.memory.paged_kv import page_bytes
 from models.llm.loading import LanguageModel
 from service.errors import DeadlineError, InputError, NonFiniteError, OutOfMemoryError, UnavailableError
+from service.events import Cancelled, Failed
 from service.llm.assembly import Assembly, KvPlan, assemble
-from service.llm.request import Cancelled, Completed, Failed, LlmRequest, SamplingParams
+from service.llm.request import Completed, LlmRequest, SamplingParams
 from service.llm.scheduler import Policy
 from tests.service.llm.tiny import EOS, Answer, expected, finish, greedy, told
 

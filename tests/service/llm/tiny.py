@@ -13,19 +13,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from service.events import Cancelled, Failed, Started
 from service.llm.engine import LlmEngine
-from service.llm.request import (
-    Cancelled,
-    ChoiceEnded,
-    Completed,
-    Delta,
-    Event,
-    Failed,
-    LlmRequest,
-    SamplingParams,
-    Started,
-    TokenLogprob,
-)
+from service.llm.request import ChoiceEnded, Completed, Delta, Event, LlmRequest, SamplingParams, TokenLogprob
 
 EOS = 256
 
