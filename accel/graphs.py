@@ -47,7 +47,8 @@ class BucketGraphs(Generic[T]):
         if self._device.type != "cuda":
             return
         pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(self._device)
+        # A node of a graph keeps the priority of the stream that it was captured on.
+        stream = torch.cuda.Stream(self._device, priority=torch.cuda.current_stream(self._device).priority)
         for size in reversed(self._sizes):
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):

@@ -7,7 +7,7 @@ encoder: prompts are given random states.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,9 @@ class RandomTextEncoder:
 
     def encode(self, prompts: Sequence[str], variant: Hashable = None) -> list[TextStates]:
         return [self._states.get(prompt) or self._states.setdefault(prompt, self._draw(prompt)) for prompt in prompts]
+
+    def reader(self) -> Callable[[str], bool]:
+        return lambda prompt: True
 
     def _draw(self, prompt: str) -> TextStates:
         generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))

@@ -107,6 +107,11 @@ class Bridge(Generic[R_contra]):
         return self._accepting
 
     @property
+    def ended(self) -> bool:
+        """No thread runs the engine: any more, or yet."""
+        return not self._thread.is_alive()
+
+    @property
     def stats(self) -> Stats:
         with self._condition:
             started = sum(mailbox.started for mailbox in self._live.values())

@@ -68,6 +68,22 @@ class CacheSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LlmSettings:
+    """Of the language model that writes text and rewrites prompts, and of the memory that it shares with pictures."""
+
+    enabled: str = "auto"  # auto: unless it is a bundle that has not been fetched | on | off
+    model: str = "default"  # bundle name, transformers folder, .gguf file, or hub id
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    adapter: Path | None = None  # folder of a PEFT adapter, merged into the weights
+    gpu_memory_fraction: float = 0.9  # of a GPU's memory: weights, latents, working memory, and KV pages of the rest
+    kv_backend: str = "paged"  # paged | virtual (contiguous in virtual memory)
+    kv_pages: int | None = None  # of 16 tokens; None: on a GPU what the fraction leaves, on a CPU CPU_KV_PAGES
+    max_running: int = 32  # answers being written at once
+    max_waiting: int = 256  # answers accepted and not yet running; beyond it: 429
+    rewrite_budget_s: float | None = None  # None: 2 on a CPU, 0.15 on a GPU
+
+
+@dataclass(frozen=True, slots=True)
 class LogSettings:
     level: str = "info"  # debug | info | warning | error
     json: bool = False
@@ -79,10 +95,11 @@ class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
+    llm: LlmSettings = field(default_factory=LlmSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
 
-GROUPS = ("server", "model", "engine", "cache", "log")
+GROUPS = ("server", "model", "engine", "cache", "llm", "log")
 SECRETS = ("server.api_key", "server.api_keys", "cache.redis_url")  # not repeated in errors
 DEFAULTS = Settings()
 
@@ -315,6 +332,52 @@ OPTIONS = (
         "TENANT=SECONDS,...",
     ),
     Option("cache", "shared", "--cache-shared", _switch(), "let all tenants start from each other's latents", "on|off"),
+    Option(
+        "llm",
+        "enabled",
+        "--llm",
+        _choice("auto", "on", "off"),
+        "write text and rewrite prompts; auto: where the model has been fetched",
+        "auto|on|off",
+    ),
+    Option(
+        "llm", "model", "--llm-model", _text("a bundle, a folder, a .gguf file or a hub id"), "what writes", "MODEL"
+    ),
+    Option("llm", "dtype", "--llm-dtype", _choice("auto", "float32", "bfloat16", "float16"), "of the language model"),
+    Option("llm", "adapter", "--llm-adapter", _path("a folder"), "a PEFT adapter to merge into it", "FOLDER"),
+    Option(
+        "llm",
+        "gpu_memory_fraction",
+        "--gpu-memory-fraction",
+        _number(0.01, 1, "a number"),
+        "of a GPU's memory, split between weights, latents and pages of keys and values before anything runs",
+        "SHARE",
+    ),
+    Option(
+        "llm",
+        "kv_backend",
+        "--kv-backend",
+        _choice("paged", "virtual"),
+        "keys and values in pages that prompts share, or contiguous in virtual memory",
+    ),
+    Option(
+        "llm",
+        "kv_pages",
+        "--kv-pages",
+        _integer(1, 1 << 24),
+        "pages of 16 tokens; default: on a GPU what the fraction leaves, on a CPU 512",
+        "N",
+    ),
+    Option("llm", "max_running", "--llm-max-running", _integer(1, 1024), "answers being written at once", "N"),
+    Option("llm", "max_waiting", "--llm-max-waiting", _integer(0, 1_000_000), "answers that may wait; then 429", "N"),
+    Option(
+        "llm",
+        "rewrite_budget_s",
+        "--rewrite-budget-s",
+        _number(0.001, 600, "seconds"),
+        "after which a prompt is drawn as it was typed; default: 2 on a CPU, 0.15 on a GPU",
+        "SECONDS",
+    ),
     Option("log", "level", "--log-level", _choice("debug", "info", "warning", "error"), "least severe line logged"),
     Option("log", "json", "--log-json", _switch(), "log one JSON object a line"),
 )
@@ -328,7 +391,7 @@ def load(
     Args:
         flags: raw values by flag, such as {"--port": "8001"}; only those that were given.
         environ: the environment. Unknown HEADSTART_* variables are errors.
-        file: a TOML file with tables server, model, engine, cache and log; HEADSTART_CONFIG names one too.
+        file: a TOML file with tables server, model, engine, cache, llm and log; HEADSTART_CONFIG names one too.
         defaults: for settings that no source names.
 
     Raises:

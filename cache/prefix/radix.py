@@ -155,6 +155,17 @@ class RadixTree:
             self._queue(leaf)
         return freed
 
+    def forget(self, salt: str) -> int:
+        """Free what the unlocked nodes of a salt hold; how many pages. What running requests use stays with them."""
+        nodes = [root] if (root := self._roots.get(salt)) is not None else []
+        for node in nodes:  # which grows: parents before their children
+            nodes += node.children.values()
+        freed = 0
+        for node in reversed(nodes):
+            if node.evictable:
+                freed += self._shorten(node, self._pool.pages + 1)
+        return freed
+
     def _walk(self, node: Node, tokens: Tokens, pages: list[int]) -> Node:
         """The last node on the path of these tokens, split off where they part; `pages` gets those of the path."""
         size = self._pool.page_size

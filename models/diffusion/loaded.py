@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ class PromptEncoder(Protocol):
     """Prompts to text states; `variant` tells apart the states of one prompt under different LoRA sets."""
 
     def encode(self, prompts: Sequence[str], variant: Hashable = None) -> list[TextStates]: ...
+    def reader(self) -> Callable[[str], bool]: ...
 
 
 class Network(NamedTuple):
@@ -85,6 +86,10 @@ class LoadedModel:
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
         return self.decoder(latents)
+
+    def reader(self) -> Callable[[str], bool]:
+        """Tells whether all of a prompt is read; for any one thread, beside the engine's."""
+        return (lambda prompt: True) if self.text is None else self.text.reader()
 
     def use_loras(self, loras: Sequence[tuple[str, float]]) -> None:
         self.loras.use(loras)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,11 @@ class TextEncoder:
         while len(self._states) > CACHED_PROMPTS:
             self._states.popitem(last=False)
         return states
+
+    def reader(self) -> Callable[[str], bool]:
+        """Tells whether all of a prompt is read. It has tokenizers of its own: these are not made for two threads."""
+        towers = [Tower(copy.deepcopy(tower.tokenizer), None) for tower in self.towers]
+        return lambda prompt: not any(tower.unread([prompt])[0] for tower in towers)
 
     @torch.no_grad()
     def _run(self, prompts: Sequence[str]) -> list[TextStates]:

@@ -65,6 +65,10 @@ class Tokenizer:
         """Text of tokens, special ones left out."""
         return str(self._backend.decode(list(tokens), skip_special_tokens=True))
 
+    def spell(self, token: int) -> str:
+        """One token by itself, special ones by name; bytes that are no whole character are U+FFFD."""
+        return str(self._backend.decode([token], skip_special_tokens=False))
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Tokens of a conversation, up to where the assistant speaks next.
 

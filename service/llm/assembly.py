@@ -42,6 +42,22 @@ class KvPlan:
     max_length: int | None = None
 
 
+class Figures(NamedTuple):
+    """Tokens since the start, and pages of keys and values now.
+
+    prompt: of requests that have started. cached: of these, found in memory. pages_used: by live requests. pages_kept:
+    of prefixes that no live request uses, there for the next one and for whoever needs room.
+    """
+
+    prompt: int
+    cached: int
+    generated: int
+    preemptions: int
+    pages: int
+    pages_used: int
+    pages_kept: int
+
+
 class Assembly(NamedTuple):
     """An engine and those of its parts whose figures are worth showing."""
 
@@ -50,6 +66,28 @@ class Assembly(NamedTuple):
     pool: PagePool | None = None
     tree: RadixTree | None = None
     virtual: VirtualKV | None = None
+
+    @property
+    def figures(self) -> Figures:
+        """From any thread; each figure is right, though not all of the same moment."""
+        of = self.scheduler
+        pages, free, kept = 0, 0, 0
+        if self.pool is not None:
+            pages, free = self.pool.pages, self.pool.free
+            kept = 0 if self.tree is None else self.tree.evictable
+        elif self.virtual is not None:
+            pages, free = self.virtual.budget_bytes // self.virtual.page_bytes, self.virtual.pages_available
+        used = max(0, pages - free - kept)  # a page counts twice as kept where two nodes meet in it
+        return Figures(of.prompt_tokens, of.cached_tokens, of.generated_tokens, of.preemptions, pages, used, kept)
+
+    def forget(self, salt: str) -> int:
+        """Free the prefixes of a salt that no live request uses; how many pages that gives. On the engine's thread."""
+        return 0 if self.tree is None else self.tree.forget(salt)
+
+    def close(self) -> None:
+        """Give memory back that is not torch's. Nothing may step the engine any more."""
+        if self.virtual is not None:
+            self.virtual.close()
 
 
 def assemble(

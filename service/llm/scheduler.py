@@ -123,9 +123,10 @@ class Scheduler:
         self.preemptions = 0
         self.prompt_tokens = 0  # of sequences that have started
         self.cached_tokens = 0  # of these, found in memory
+        self.generated_tokens = 0
         self._space = space
         self._policy = policy
-        self._longest = min(max_length, space.capacity)
+        self.longest = min(max_length, space.capacity)  # tokens of a prompt and its answer
         self._eos = eos
         self._running: list[Sequence] = []
         self._queues: dict[State, list[Sequence]] = {  # each in the order of turns
@@ -145,6 +146,18 @@ class Scheduler:
         """Sequences in memory."""
         return len(self._running)
 
+    def check(self, request: LlmRequest) -> None:
+        """Raise InputError, as `add`, for a request that could never run. From any thread."""
+        prompt, answer, longest = len(request.tokens), request.params.max_tokens, self.longest
+        if prompt >= longest:
+            message = f"the prompt has {prompt} tokens; at most {longest - 1} are allowed, and one for the answer"
+            raise InputError(message, param="prompt", code="context_length_exceeded")
+        if prompt + answer > longest:
+            room = longest - prompt
+            raise invalid("max_tokens", answer, f"at most {room}: the prompt has {prompt} tokens of {longest}")
+        if request.n > self._policy.max_running:
+            raise invalid("n", request.n, f"at most {self._policy.max_running}: as many sequences can run")
+
     def add(self, request: LlmRequest, now: float) -> Job:
         """Queue a request; its id must not be that of a live one.
 
@@ -154,7 +167,7 @@ class Scheduler:
         """
         if request.id in self.jobs:
             raise ValueError(f"request {request.id} is live already")
-        self._check(request)
+        self.check(request)
         job = self.jobs[request.id] = Job(request, now)
         urgency = now - request.priority * self._policy.ageing_s
         for index in range(request.n):
@@ -240,17 +253,6 @@ class Scheduler:
                 self._enter(sequence, state)
         self._ended = [sequence for sequence in self._ended if sequence.job is not job]
         self._forget(job)
-
-    def _check(self, request: LlmRequest) -> None:
-        prompt, answer, longest = len(request.tokens), request.params.max_tokens, self._longest
-        if prompt >= longest:
-            message = f"the prompt has {prompt} tokens; at most {longest - 1} are allowed, and one for the answer"
-            raise InputError(message, param="prompt", code="context_length_exceeded")
-        if prompt + answer > longest:
-            room = longest - prompt
-            raise invalid("max_tokens", answer, f"at most {room}: the prompt has {prompt} tokens of {longest}")
-        if request.n > self._policy.max_running:
-            raise invalid("n", request.n, f"at most {self._policy.max_running}: as many sequences can run")
 
     def _generate(self, ones: list[Chunk]) -> tuple[bool, list[Sequence]]:
         """Chunks for running sequences that have one token to compute; those that have more.
@@ -344,6 +346,7 @@ class Scheduler:
 
     def _give(self, sequence: Sequence, token: int) -> None:
         sequence.tokens.append(token)
+        self.generated_tokens += 1
         params = sequence.request.params
         if token in self._eos and not params.ignore_eos:
             self._end(sequence, "stop")

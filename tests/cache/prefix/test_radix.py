@@ -235,6 +235,12 @@ class Trees(RuleBasedStateMachine):
     def unlock(self, data: st.DataObject):
         self.tree.unlock(self.locked.pop(data.draw(st.integers(0, len(self.locked) - 1))))
 
+    @rule(salt=salts)
+    def forget(self, salt: str):
+        before = self.pool.free
+        assert self.tree.forget(salt) == self.pool.free - before
+        self.evicted = True
+
     @rule(count=st.integers(1, 6))
     def evict(self, count: int):
         free = self.pool.free
@@ -265,3 +271,24 @@ def common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 
 TestTrees = Trees.TestCase
 TestTrees.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_a_salt_is_forgotten_but_for_what_is_locked():
+    shelf = Shelf()
+    for text, salt in (("system ada", "ada"), ("system bob", "ada"), ("other", "ada"), ("system ada", "bob")):
+        shelf.put(text, salt)
+    kept = shelf.match("other", "ada").node
+    assert kept is not None
+    shelf.tree.lock(kept)
+    before = shelf.pool.free
+    assert shelf.tree.forget("ada") == shelf.pool.free - before > 0
+    assert [shelf.length("system ada", salt) for salt in ("ada", "bob")] == [0, 10]
+    assert shelf.length("other", "ada") == 5
+    check_tree(shelf.tree, shelf.pool, [kept])
+    shelf.tree.unlock(kept)
+    assert shelf.tree.forget("ada") == 2
+    assert shelf.tree.forget("ada") == shelf.tree.forget("nobody") == 0
+    assert set(shelf.tree.roots) == {"bob"}
+    check_tree(shelf.tree, shelf.pool)
+    shelf.tree.evict(64)
+    assert shelf.pool.free == 64
