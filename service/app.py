@@ -103,7 +103,7 @@ def serve(settings: Settings, begun: float) -> None:
     def opener(settings: Settings, metrics: Metrics) -> Runtime:
         from service.runtime import open_warm_runtime  # loads torch, in a thread, while the port answers
 
-        runtime = open_warm_runtime(settings, metrics, cached=True)
+        runtime = open_warm_runtime(settings, metrics, cached=True, writing=True)
         logs.setup(settings.log)  # the libraries that came with it have made handlers of their own
         return runtime
 

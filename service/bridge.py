@@ -90,7 +90,9 @@ class Bridge(Generic[R_contra]):
         self._waiting = 0  # places of live requests that have not started, and of requests yet to be submitted
         self._commands: list[Callable[[], None]] = []
         self._calls: set[Future[Any]] = set()  # of `call`, not begun
+        self._rooms: set[Room] = set()
         self._accepting = False
+        self._ending = False  # the grace of `close` is over, or the thread has died: rooms are worth nothing any more
         self._stopping = False
         self._error: HeadstartError | None = None
         self._busy_s = 0.0  # engine time since the last request completed
@@ -126,7 +128,8 @@ class Bridge(Generic[R_contra]):
         with self._condition:
             self._check(places)
             self._waiting += places
-        room = Room(places)
+            room = Room(places)
+            self._rooms.add(room)
         try:
             yield room
         finally:
@@ -146,9 +149,11 @@ class Bridge(Generic[R_contra]):
         """
         mailbox = Mailbox(request, asyncio.get_running_loop())
         with self._condition:
+            kept = room is not None and room in self._rooms and not self._ending
             if room is not None:
                 self._give_back(room)
-            self._check(request.n)
+            if not kept:
+                self._check(request.n)
             if request.id in self._live:
                 raise ConflictError(f"request_id: {request.id!r} is in progress already", param="request_id")
             self._live[request.id] = mailbox
@@ -169,6 +174,7 @@ class Bridge(Generic[R_contra]):
     def _give_back(self, room: Room) -> None:
         self._waiting -= room.places
         room.places = 0
+        self._rooms.discard(room)
 
     def _pause(self, places: int) -> int:
         """Whole seconds in which so many places should become free."""
@@ -205,11 +211,15 @@ class Bridge(Generic[R_contra]):
                 self._condition.notify()
 
     async def close(self, grace_s: float) -> None:
-        """Accept nothing more, let live requests finish for `grace_s` seconds, cancel the rest, end the thread."""
+        """Accept nothing more, let live requests finish for `grace_s` seconds, cancel the rest, end the thread.
+
+        Those that have room are as good as accepted.
+        """
         with self._condition:
             self._accepting = False
         await self._drained(grace_s)
         with self._condition:
+            self._ending = True
             mailboxes = list(self._live.values())
         for mailbox in mailboxes:
             self._abort(mailbox)
@@ -226,7 +236,7 @@ class Bridge(Generic[R_contra]):
 
     async def _drained(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while self._live and time.monotonic() < end:
+        while (self._live or (self._rooms and not self._ending)) and time.monotonic() < end:
             await asyncio.sleep(0.01)
 
     # The engine's thread.
@@ -296,6 +306,7 @@ class Bridge(Generic[R_contra]):
         cause = UnavailableError(f"the engine has stopped: {type(error).__name__}", code="engine_dead")
         with self._condition:
             self._accepting = False
+            self._ending = True
             self._error = cause
         try:
             self._deliver(self._engine.fail_all(cause))

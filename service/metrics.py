@@ -16,10 +16,12 @@ from service.events import Timings
 
 if TYPE_CHECKING:
     from cache.latent.lookup import LatentCache
+    from service.llm.assembly import Figures
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 
 
@@ -35,7 +37,7 @@ class Metrics:
         self.queue_time = self._histogram("queue_time_seconds", "From acceptance to the first step of a request")
         self.stages = self._histogram(
             "stage_latency_seconds",
-            "One batch in a stage: embed, encode, lookup, denoise (a step), preview, decode",
+            "One batch in a stage: embed, encode, lookup, denoise (a step), preview, decode, llm (a pass)",
             "stage",
         )
         self.batches = self._histogram("step_batch_size", "Pictures that one step advanced", buckets=BATCHES)
@@ -50,6 +52,12 @@ class Metrics:
         for kind in CACHE_FAULTS:  # so that a rate can be taken of the first one too
             self.cache_faults.labels(kind=kind)
         self.evaluations = self._counter("evaluations", "Network evaluations, over all pictures")
+        self.llm_requests = self._counter("llm_requests", "Requests for text that ended, by outcome", "outcome")
+        self.llm_latency = self._histogram("llm_request_latency_seconds", "From acceptance to the end of a request")
+        self.llm_first_token = self._histogram("llm_first_token_seconds", "From acceptance to a request's first token")
+        self.llm_batches = self._histogram("llm_batch_tokens", "Tokens that one pass computed", buckets=TOKENS)
+        self.rewrites = self._counter("rewrites", "Prompts to be rewritten, by what became of them", "outcome")
+        self.rewrite_time = self._histogram("rewrite_seconds", "From a prompt to its rewriting, or to giving it up")
         self.http_requests = self._counter("http_requests", "HTTP replies", "route", "status")
 
     # The engine's observer; called from its thread.
@@ -65,6 +73,10 @@ class Metrics:
 
     def cache_fault(self, kind: str) -> None:
         self.cache_faults.labels(kind=kind).inc()
+
+    def batch(self, sequences: int, tokens: int, seconds: float) -> None:
+        self.llm_batches.observe(tokens)
+        self.stages.labels(stage="llm").observe(seconds)
 
     # What the service sees; called from the event loop.
 
@@ -88,6 +100,24 @@ class Metrics:
         if timings is not None:
             self.latency.observe(timings.total_s)
             self.queue_time.observe(timings.queue_s)
+
+    def watch_writer(self, figures: Callable[[], Figures], stats: Callable[[], Stats]) -> None:
+        """Ask the language model's engine for its own figures whenever the metrics are read."""
+        self.registry.register(WriterCollector(figures, stats))
+
+    def text_ended(self, outcome: str, timings: Timings | None) -> None:
+        """As `ended`, of a request for text."""
+        self.llm_requests.labels(outcome=outcome).inc()
+        if timings is not None:
+            self.llm_latency.observe(timings.total_s)
+
+    def first_token(self, seconds: float) -> None:
+        self.llm_first_token.observe(seconds)
+
+    def rewritten(self, outcome: str, seconds: float) -> None:
+        """A prompt was rewritten, or was not."""
+        self.rewrites.labels(outcome=outcome).inc()
+        self.rewrite_time.observe(seconds)
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -128,3 +158,31 @@ class CacheCollector(Collector):
         yield changes
         yield CounterMetricFamily("headstart_cache_errors", "Failures of the store", self._cache.errors)
         yield CounterMetricFamily("headstart_cache_damaged", "Damaged records found and removed", self._cache.damaged)
+
+
+class WriterCollector(Collector):
+    """The language model's engine: tokens, requests, and pages of keys and values."""
+
+    def __init__(self, figures: Callable[[], Figures], stats: Callable[[], Stats]) -> None:
+        self._figures, self._stats = figures, stats
+
+    def collect(self) -> Iterable[Metric]:
+        figures, stats = self._figures(), self._stats()
+        tokens = CounterMetricFamily(
+            "headstart_llm_tokens", "Read in prompts, of these found in memory, and generated", labels=["kind"]
+        )
+        for kind, count in (
+            ("prompt", figures.prompt),
+            ("cached", figures.cached),
+            ("generated", figures.generated),
+        ):
+            tokens.add_metric([kind], count)
+        yield tokens
+        yield CounterMetricFamily(
+            "headstart_llm_preemptions", "Times that an answer gave its pages up for others", figures.preemptions
+        )
+        yield GaugeMetricFamily("headstart_llm_requests_running", "Requests being answered", stats.running)
+        yield GaugeMetricFamily("headstart_llm_requests_waiting", "Requests accepted, not started", stats.waiting)
+        yield GaugeMetricFamily("headstart_kv_pages", "Pages of keys and values", figures.pages)
+        yield GaugeMetricFamily("headstart_kv_pages_used", "Of these, in use by live requests", figures.pages_used)
+        yield GaugeMetricFamily("headstart_kv_pages_kept", "Of these, prefixes of past requests", figures.pages_kept)

@@ -1,17 +1,22 @@
-"""A loaded model, its engine, and the bridge to it: what `serve` and `generate` both draw with."""
+"""The loaded models, their engines, and the bridges to them: what `serve` and `generate` both draw with."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from accel.memory.budget import DeviceMemory, Needs, device_memory
+from models.diffusion.dtype import resolve_device
 from models.diffusion.loading import load_model
 from models.diffusion.model import ModelCard
+from models.errors import ModelError
+from models.llm.loading import LanguageModel
 from service.bridge import Bridge
-from service.config import EngineSettings, Settings
+from service.config import DEFAULT_TENANT, EngineSettings, Settings
 from service.diffusion.admission import resolve
 from service.diffusion.engine import DiffusionEngine, Observer
 from service.diffusion.request import Draft, ImageRequest
@@ -19,7 +24,13 @@ from service.diffusion.starts import Starts
 from service.errors import InputError
 from service.events import MAX_SEED, Failed
 from service.latents import Latents
+from service.llm.rewrite import Rewrite
+from service.rewriting import Rewriting
+from service.writer import Writer, load_writer_model, open_writer, wanted
 
+log = logging.getLogger(__name__)
+
+FLOAT32 = 4  # bytes
 SETTLE_S = 2.0  # for latents on their way to the cache, when it closes
 
 
@@ -27,6 +38,7 @@ class Runtime:
     """Takes drafts and draws them, once `bridge` has been started.
 
     latents: None where there is no cache.
+    writer, rewriting: None where there is no language model.
     settle: waits, so many seconds at most, until the latents of completed requests are with the cache.
     """
 
@@ -37,12 +49,32 @@ class Runtime:
         limits: EngineSettings,
         latents: Latents | None = None,
         settle: Callable[[float], None] = lambda _seconds: None,
+        writer: Writer | None = None,
+        rewriting: Rewriting | None = None,
     ) -> None:
         self.card = card
         self.bridge = bridge
         self.latents = latents
+        self.writer = writer
+        self._rewriting = rewriting
         self._settle = settle
         self._limits = limits
+
+    def start(self) -> None:
+        """Start the engines' threads."""
+        self.bridge.start()
+        if self.writer is not None:
+            self.writer.bridge.start()
+
+    def namespace(self, tenant: str) -> str:
+        """Where what a tenant leaves in memory and on disk may be found again."""
+        return tenant if self.latents is None else self.latents.namespace(tenant)
+
+    async def rewrite(self, prompt: str, tenant: str) -> Rewrite:
+        """The prompt rewritten for this image model, or why it was not."""
+        if self._rewriting is None:
+            return Rewrite(prompt, prompt, "unavailable", "no language model is loaded", 0.0)
+        return await self._rewriting.rewrite(prompt, self.namespace(tenant))
 
     def resolve(self, draft: Draft, names: Mapping[str, str]) -> ImageRequest:
         """The draft checked and completed, with an id of its own.
@@ -65,22 +97,26 @@ class Runtime:
 
     async def with_cache(self, request: ImageRequest, draft: Draft, mode: str, tenant: str) -> ImageRequest:
         """The request of a draft, told whose it is and what the cache may do for it (see `Latents.intent`)."""
+        tenant = self.namespace(tenant)
         if self.latents is None:
             return replace(request, tenant=tenant)
-        tenant = self.latents.namespace(tenant)
         seeded = draft.seed not in (None, -1)
         intent = await self.latents.intent(request.prompt, mode, seeded, tenant)
         return replace(request, tenant=tenant, cache=intent)
 
     async def close(self, grace_s: float) -> None:
         """Let live requests finish for `grace_s` seconds, cancel the rest, and write what is still to be cached."""
-        await self.bridge.close(grace_s)
+        closing = [self.bridge.close(grace_s)]
+        if self.writer is not None:
+            closing.append(self.writer.close(grace_s))
+        await asyncio.gather(*closing)
         if self.latents is not None:
             await asyncio.to_thread(self._settle, SETTLE_S)
             await asyncio.to_thread(self.latents.close)
 
     async def warm_up(self) -> None:
-        """Draw one picture in one step, so that the first client does not pay for what is made on first use.
+        """Draw one picture in one step, and rewrite its prompt, so that the first client does not pay for what is made
+        on first use.
 
         Raises the error of a model that cannot draw.
         """
@@ -89,33 +125,41 @@ class Runtime:
         async for event in self.bridge.submit(request):
             if isinstance(event, Failed):
                 raise event.error
+        if self._rewriting is not None:
+            warmed = await self._rewriting.warm_up(self.namespace(DEFAULT_TENANT))
+            log.info("the language model was warmed up in %.1f s: %s", warmed.seconds, warmed.outcome)
 
 
-def open_runtime(settings: Settings, *, cached: bool = False) -> Runtime:
+def open_runtime(settings: Settings, *, cached: bool = False, writing: bool = False) -> Runtime:
     """Load the model. Its bridge is not started yet.
 
     Args:
         cached: open the latent cache too, unless the settings say otherwise.
+        writing: load the language model too, unless the settings say otherwise.
 
-    Raises ModelError, and SetupError for a policy or a URL that is none.
+    Raises ModelError, and SetupError for a policy or a URL that is none, or memory that does not suffice.
     """
-    return _open(settings, cached)[0]
+    return _open(settings, cached, writing)[0]
 
 
-def open_warm_runtime(settings: Settings, observer: Observer, *, cached: bool = False) -> Runtime:
-    """The same, with its bridge started and its engine warmed up, which the observer is not told of.
+def open_warm_runtime(
+    settings: Settings, observer: Observer, *, cached: bool = False, writing: bool = False
+) -> Runtime:
+    """The same, with its bridges started and its engines warmed up, which the observer is not told of.
 
     For a thread that runs no event loop.
     """
-    runtime, engine = _open(settings, cached)
-    runtime.bridge.start()
+    runtime, engine = _open(settings, cached, writing)
+    runtime.start()
     asyncio.run(runtime.warm_up())
     engine.observer = observer
     return runtime
 
 
-def _open(settings: Settings, cached: bool) -> tuple[Runtime, DiffusionEngine]:
+def _open(settings: Settings, cached: bool, writing: bool) -> tuple[Runtime, DiffusionEngine]:
     chosen = settings.model
+    writing = writing and wanted(settings)
+    memory = _gpu_memory(settings) if writing else None
     model = load_model(
         chosen.model,
         revision=chosen.revision,
@@ -124,6 +168,7 @@ def _open(settings: Settings, cached: bool) -> tuple[Runtime, DiffusionEngine]:
         loras=chosen.loras,
         cache_dir=chosen.cache_dir,
     )
+    language = _language_model(settings) if writing else None
     latents: Latents | None = None
     starts: Starts | None = None
     if cached and settings.cache.enabled:
@@ -132,4 +177,34 @@ def _open(settings: Settings, cached: bool) -> tuple[Runtime, DiffusionEngine]:
         latents, starts = open_latents(settings, model) or (None, None)
     engine = DiffusionEngine(model, settings.engine, starts=starts)
     bridge: Bridge[ImageRequest] = Bridge(engine, settings.engine)
-    return Runtime(model.card, bridge, settings.engine, latents, engine.settle), engine
+    writer = rewriting = None
+    if language is not None:
+        needs = None if memory is None else _needs(settings, model.card, memory)
+        writer = open_writer(language, settings.llm, memory, needs)
+        rewriting = Rewriting(writer, model.reader(), settings.llm.rewrite_budget_s)
+    return Runtime(model.card, bridge, settings.engine, latents, engine.settle, writer, rewriting), engine
+
+
+def _language_model(settings: Settings) -> LanguageModel | None:
+    """None, and a line in the log, where "auto" finds one that cannot be loaded."""
+    try:
+        return load_writer_model(settings.llm, settings.model)
+    except ModelError as error:
+        if settings.llm.enabled == "on":
+            raise
+        log.warning("no language model: %s", error)
+        return None
+
+
+def _gpu_memory(settings: Settings) -> DeviceMemory | None:
+    """Of the GPU that the models run on, before anything is loaded to it; None for a CPU."""
+    device = resolve_device(settings.model.device)
+    return None if device.type == "cpu" else device_memory(device)
+
+
+def _needs(settings: Settings, card: ModelCard, memory: DeviceMemory) -> Needs:
+    """What is spoken for before pages of keys and values are counted."""
+    device = resolve_device(settings.model.device)
+    pixels = settings.engine.max_pixels // card.scale**2
+    latents = 2 * FLOAT32 * card.latent_channels * pixels * settings.engine.max_running  # x and previous
+    return Needs(weights=memory.free - device_memory(device).free, latents=latents)

@@ -23,6 +23,7 @@ from service.config import LlmSettings, ModelSettings, Settings
 from service.errors import CancelledError, SetupError, invalid
 from service.events import Cancelled, Failed
 from service.llm.assembly import Assembly, Figures, KvPlan, assemble
+from service.llm.engine import Observer
 from service.llm.request import Delta, LlmRequest, SamplingParams
 from service.llm.scheduler import Policy
 
@@ -53,6 +54,9 @@ class Writer:
     @property
     def figures(self) -> Figures:
         return self._assembly.figures
+
+    def observe(self, observer: Observer) -> None:
+        self._assembly.engine.observer = observer
 
     async def tokens_of(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """A conversation up to where the assistant speaks next.

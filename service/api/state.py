@@ -22,6 +22,7 @@ from service.recipe import Recipe
 
 if TYPE_CHECKING:  # importing it loads torch, and the port answers before that
     from service.runtime import Runtime
+    from service.writer import Writer
 
 
 class Service:
@@ -43,6 +44,10 @@ class Service:
         self.metrics.watch(lambda: runtime.bridge.stats)
         if runtime.latents is not None:
             self.metrics.watch_cache(runtime.latents.cache)
+        if runtime.writer is not None:
+            writer = runtime.writer
+            writer.observe(self.metrics)
+            self.metrics.watch_writer(lambda: writer.figures, lambda: writer.bridge.stats)
 
     @property
     def loading(self) -> bool:
@@ -58,6 +63,19 @@ class Service:
         if not self._runtime.bridge.ready:
             raise UnavailableError("the engine has stopped; the server's log says why", code="engine_dead")
         return self._runtime
+
+    @property
+    def writer(self) -> Writer:
+        """The language model and its engine. Raises UnavailableError where there is none."""
+        writer = self.runtime.writer
+        if writer is None:
+            raise UnavailableError(
+                "no language model is served: `headstart models pull smollm2` fetches one, --llm off leaves it out",
+                code="no_language_model",
+            )
+        if not writer.bridge.ready:
+            raise UnavailableError("the language model has stopped; the server's log says why", code="engine_dead")
+        return writer
 
     @contextlib.contextmanager
     def room(self, pictures: int) -> Iterator[Room]:

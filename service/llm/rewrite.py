@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 CPU_BUDGET_S, GPU_BUDGET_S = 2.0, 0.15
 
-Outcome = Literal["rewritten", "unchanged", "guarded", "timed_out", "failed"]
+Outcome = Literal["rewritten", "unchanged", "guarded", "timed_out", "failed", "unavailable"]
 
 
 class TextModel(Protocol):
@@ -42,7 +42,7 @@ class Rewrite:
 
     prompt: to draw from; the original unless the outcome is "rewritten".
     outcome: "unchanged": the model had nothing to change. "guarded": its caption was refused. "timed_out": it was not
-        done in time. "failed": it could not answer.
+        done in time. "failed": it could not answer. "unavailable": there is none.
     reason: why the original is used, in a few words; "" for "rewritten" and "unchanged".
     seconds: that it took.
     """
