@@ -144,7 +144,7 @@ def _described(parser: Parser, text: str) -> Parser:
 
 def _add_serve(subparsers: Any) -> None:
     parser = _described(subparsers.add_parser("serve", help="serve a model over HTTP"), SERVE_HELP)
-    _add_settings(parser, ("server", "model", "engine", "cache", "llm", "log"))
+    _add_settings(parser, ("server", "model", "engine", "ranks", "cache", "llm", "log"))
     parser.set_defaults(run=commands.serve)
 
 
@@ -168,6 +168,12 @@ def _add_generate(subparsers: Any) -> None:
         help="of a pixel-space consistency model, decreasing, such as 22,0; in place of --steps",
     )
     picture.add_argument(
+        "--patch-degree",
+        type=int,
+        metavar="N",
+        help="how many of the GPUs share each picture; default: by measured times",
+    )
+    picture.add_argument(
         "--cache",
         choices=("auto", "use", "bypass", "refresh"),
         default="bypass",
@@ -182,7 +188,8 @@ def _add_generate(subparsers: Any) -> None:
     output.add_argument("--quality", type=int, default=90, metavar="Q", help="of JPEG and WebP, 0 to 100; default: 90")
     output.add_argument("--json", action="store_true", help="print on stdout what was drawn, as JSON")
     output.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    _add_settings(parser, ("model", "cache", "log"), but=("--lora", "--cache", "--cache-shared", "--cache-ttl"))
+    unused = ("--lora", "--patch-degree", "--cache", "--cache-shared", "--cache-ttl")
+    _add_settings(parser, ("model", "ranks", "cache", "log"), but=unused)
     _add_lora(parser)
     parser.set_defaults(run=commands.generate)
 

@@ -55,6 +55,17 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class RankSettings:
+    """Of several GPUs, each with a process of its own; with the device cpu, of several processes on it."""
+
+    gpus: int = 1
+    patch_degree: str = "auto"  # GPUs that share one picture where its request does not say; auto: by measured times
+    patch_warm_up: int = 4  # rows of such a picture that run in step, before GPUs use what the others had a row ago
+    patch_launch: str = "eager"  # eager | compile | graph
+    timeout_s: float = 60.0  # a GPU's process that is silent for so long, or a step that takes longer, is lost
+
+
+@dataclass(frozen=True, slots=True)
 class CacheSettings:
     """Of the latents that requests start from."""
 
@@ -94,12 +105,13 @@ class Settings:
     server: ServerSettings = field(default_factory=ServerSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    ranks: RankSettings = field(default_factory=RankSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     llm: LlmSettings = field(default_factory=LlmSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
 
-GROUPS = ("server", "model", "engine", "cache", "llm", "log")
+GROUPS = ("server", "model", "engine", "ranks", "cache", "llm", "log")
 SECRETS = ("server.api_key", "server.api_keys", "cache.redis_url")  # not repeated in errors
 DEFAULTS = Settings()
 
@@ -298,6 +310,38 @@ OPTIONS = (
         "SECONDS",
     ),
     Option("engine", "max_pixels", "--max-pixels", _integer(64, 1 << 26), "largest picture, width times height", "N"),
+    Option("ranks", "gpus", "--gpus", _integer(1, 64), "GPUs to draw on; with --device cpu, processes", "N"),
+    Option(
+        "ranks",
+        "patch_degree",
+        "--patch-degree",
+        _choice("auto", "1", "2", "4", "8"),
+        "GPUs that share one picture whose request does not say; auto: by times measured at the start",
+        "N",
+    ),
+    Option(
+        "ranks",
+        "patch_warm_up",
+        "--patch-warm-up",
+        _integer(0, 200),
+        "first steps of a shared picture for which GPUs wait for each other",
+        "N",
+    ),
+    Option(
+        "ranks",
+        "patch_launch",
+        "--patch-launch",
+        _choice("eager", "compile", "graph"),
+        "how the network of a shared picture runs; graph is for GPUs",
+    ),
+    Option(
+        "ranks",
+        "timeout_s",
+        "--rank-timeout-s",
+        _number(1, 3600, "seconds"),
+        "a GPU's process that is silent for longer, or a step that takes longer, is lost, and all are started anew",
+        "SECONDS",
+    ),
     Option("cache", "enabled", "--cache", _switch(), "start pictures from latents of similar prompts", "on|off"),
     Option(
         "cache",
@@ -391,7 +435,7 @@ def load(
     Args:
         flags: raw values by flag, such as {"--port": "8001"}; only those that were given.
         environ: the environment. Unknown HEADSTART_* variables are errors.
-        file: a TOML file with tables server, model, engine, cache, llm and log; HEADSTART_CONFIG names one too.
+        file: a TOML file with tables server, model, engine, ranks, cache, llm and log; HEADSTART_CONFIG names one too.
         defaults: for settings that no source names.
 
     Raises:
