@@ -13,3 +13,7 @@ class LoraError(ModelError):
 
 class PromptError(ModelError):
     """Messages that a language model cannot be given."""
+
+
+class PatchError(ModelError):
+    """A picture that cannot be shared out among so many ranks, and what would work."""

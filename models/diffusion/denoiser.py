@@ -6,10 +6,11 @@ without a negative branch costs one evaluation. Everything between the network's
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -60,6 +61,17 @@ class TextDenoiser:
         self._clip = clip
         self._distilled = distilled
         self._batches: OrderedDict[tuple[int, ...], Batch] = OrderedDict()
+
+    @property
+    def network(self) -> Any:
+        """The UNet."""
+        return self._unet
+
+    def on(self, network: Any) -> Self:
+        """The same denoiser with another network in place of its UNet: of the same config, dtype and device."""
+        twin = copy.copy(self)
+        twin._unet, twin._batches = network, OrderedDict()
+        return twin
 
     @property
     def embeds_guidance(self) -> bool:

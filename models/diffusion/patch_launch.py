@@ -1,0 +1,73 @@
+"""How a patch network's kernels are started: one by one, compiled, or as CUDA graphs.
+
+At a fraction of a picture a rank the GPU is done before the host has launched its work: only a graph keeps it busy. One
+graph is captured for each shape of displaced call. Synchronous calls, a few a picture, are compiled but not captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+LAUNCHES = ("eager", "compile", "graph")
+COMPILED_SHAPES = 64  # dynamo's own limit of 8 is met by a few sizes of picture and of batch
+CAPTURED_CALLS = 8  # graphs kept; each holds the activations of a call
+
+
+class Launcher:
+    """Calls `function(*inputs)`, `inputs` being trees of tensors, in one of the ways of LAUNCHES.
+
+    A call with a key is captured when it comes for the second time, and replayed from then on: the first has loaded its
+    kernels. The result of a replay lies where it lay at capture, and the next overwrites it.
+    """
+
+    def __init__(self, network: Any, how: str, device: torch.device) -> None:
+        if how not in LAUNCHES or (how == "graph" and device.type != "cuda"):
+            allowed = LAUNCHES if device.type == "cuda" else LAUNCHES[:2]
+            raise ValueError(f"launch: {how!r}; allowed on {device.type}: {', '.join(allowed)}")
+        self.network = network
+        if how != "eager":
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
+            self.network = torch.compile(network, dynamic=False)
+        self._captures = how == "graph"
+        self._graphs: dict[Hashable, _Captured | None] = {}  # None: called once
+
+    def __call__(
+        self, key: Hashable | None, function: Callable[..., torch.Tensor], settle: Callable[[], None], *inputs: Any
+    ) -> torch.Tensor:
+        """`key`: of all that the call depends on besides the contents of `inputs`; None: it is not to be captured.
+
+        `settle` makes the computation wait for all that earlier calls have left on its way.
+        """
+        if not self._captures or key is None:
+            return function(*inputs)
+        leaves, spec = tree_flatten(inputs)
+        key = (key, spec, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return function(*inputs)
+        captured = self._graphs[key]
+        if captured is None:
+            while len(self._graphs) > CAPTURED_CALLS:
+                del self._graphs[next(iter(self._graphs))]
+            settle()
+            captured = self._graphs[key] = _Captured(lambda own: function(*tree_unflatten(own, spec)), leaves)
+        return captured(leaves)
+
+
+class _Captured:
+    def __init__(self, function: Callable[[list[torch.Tensor]], torch.Tensor], leaves: Sequence[torch.Tensor]) -> None:
+        self._own = [leaf.clone() for leaf in leaves]
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may call CUDA meanwhile: NCCL's watchdog does.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._result = function(self._own)
+
+    def __call__(self, leaves: Sequence[torch.Tensor]) -> torch.Tensor:
+        torch._foreach_copy_(self._own, list(leaves))
+        self._graph.replay()
+        return self._result
