@@ -22,6 +22,7 @@ HeadstartError                 500  server_error
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -151,3 +152,15 @@ def invalid(field: str, value: object, allowed: str) -> InputError:
     if len(shown) > 80:
         shown = shown[:77] + "..."
     return InputError(f"{field}: {shown} is not allowed; {allowed}", param=field)
+
+
+def renamed(error: InputError, names: Mapping[str, str]) -> InputError:
+    """The same error in the caller's words.
+
+    Args:
+        names: what the caller calls a field, where that is not its name; "size: width" for a part of one.
+    """
+    field = error.param or ""
+    name = names.get(field, field)
+    message = name + error.message.removeprefix(field) if error.message.startswith(field) else error.message
+    return InputError(message, param=name.partition(":")[0], code=error.code)

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from service.bridge import Stats
 from service.diffusion.request import CACHE_FAULTS, Image
 from service.events import Timings
+from service.llm.request import Timings as TextTimings
 
 if TYPE_CHECKING:
     from cache.latent.lookup import LatentCache
@@ -110,9 +111,8 @@ class Metrics:
         self.llm_requests.labels(outcome=outcome).inc()
         if timings is not None:
             self.llm_latency.observe(timings.total_s)
-
-    def first_token(self, seconds: float) -> None:
-        self.llm_first_token.observe(seconds)
+        if isinstance(timings, TextTimings) and timings.first_token_s:
+            self.llm_first_token.observe(timings.first_token_s)
 
     def rewritten(self, outcome: str, seconds: float) -> None:
         """A prompt was rewritten, or was not."""

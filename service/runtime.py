@@ -21,7 +21,7 @@ from service.diffusion.admission import resolve
 from service.diffusion.engine import DiffusionEngine, Observer
 from service.diffusion.request import Draft, ImageRequest
 from service.diffusion.starts import Starts
-from service.errors import InputError
+from service.errors import InputError, renamed
 from service.events import MAX_SEED, Failed
 from service.latents import Latents
 from service.llm.rewrite import Rewrite
@@ -80,8 +80,7 @@ class Runtime:
         """The draft checked and completed, with an id of its own.
 
         Args:
-            names: what the caller calls a field of the draft, where that is not its name; "size: width" for a part of
-                one.
+            names: what the caller calls a field of the draft, where that is not its name (see `renamed`).
 
         Raises:
             InputError: in the caller's names.
@@ -90,10 +89,7 @@ class Runtime:
         try:
             return resolve(draft, self.card, self._limits, id=uuid.uuid4().hex, random_seed=seed)
         except InputError as error:
-            field = error.param or ""
-            name = names.get(field, field)
-            message = name + error.message.removeprefix(field)
-            raise InputError(message, param=name.partition(":")[0], code=error.code) from None
+            raise renamed(error, names) from None
 
     async def with_cache(self, request: ImageRequest, draft: Draft, mode: str, tenant: str) -> ImageRequest:
         """The request of a draft, told whose it is and what the cache may do for it (see `Latents.intent`)."""

@@ -23,6 +23,8 @@ class EventStream(Response):
     """Sends (event name, data) pairs as they come. An error after the first byte becomes an event named `error`."""
 
     media_type = "text/event-stream"
+    heartbeat = b": still drawing\n\n"
+    end = b""
 
     def __init__(self, messages: Messages, heartbeat_s: float = HEARTBEAT_S) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
@@ -43,10 +45,12 @@ class EventStream(Response):
                 async for chunk in chunks:
                     yield chunk
         except HeadstartError as error:
-            yield _chunk("error", error.body())
+            yield self._chunk("error", error.body())
         except Exception:
             log.exception("a streamed reply failed")
-            yield _chunk("error", HeadstartError("internal error; the server's log says more").body())
+            yield self._chunk("error", HeadstartError("internal error; the server's log says more").body())
+        if self.end:
+            yield self.end
 
     async def _with_heartbeats(self) -> AsyncGenerator[bytes, None]:
         """A comment whenever nothing came for a while. `wait` leaves the pending message alone when it times out."""
@@ -57,7 +61,7 @@ class EventStream(Response):
                     while not pending.done():
                         await asyncio.wait({pending}, timeout=self.heartbeat_s)
                         if not pending.done():
-                            yield b": still drawing\n\n"
+                            yield self.heartbeat
                 finally:
                     if not pending.done():
                         pending.cancel()
@@ -65,8 +69,17 @@ class EventStream(Response):
                 message = pending.result()
                 if message is None:
                     return
-                yield _chunk(*message)
+                yield self._chunk(*message)
+
+    def _chunk(self, event: str, data: dict[str, Any]) -> bytes:
+        return f"event: {event}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
-def _chunk(event: str, data: dict[str, Any]) -> bytes:
-    return f"event: {event}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+class DataStream(EventStream):
+    """The same as OpenAI streams text: without the events' names, and with a mark at the end."""
+
+    heartbeat = b": still writing\n\n"
+    end = b"data: [DONE]\n\n"
+
+    def _chunk(self, event: str, data: dict[str, Any]) -> bytes:
+        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()

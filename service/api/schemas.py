@@ -5,8 +5,9 @@ Each field's description is what an error message gives as allowed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import ErrorDetails
@@ -145,8 +146,9 @@ def _in_words(error: ErrorDetails, body: type[Body]) -> InputError:
     path = _path(error)
     fields = {field.alias or name: field for name, field in body.model_fields.items()}
     if error["type"] == "extra_forbidden":
-        known = fields if len(error["loc"]) == 1 else LoraBody.model_fields
-        message = f"{path}: unknown field; the fields are {', '.join(sorted(known))}"
+        known = _body_at(body, error["loc"]).model_fields
+        names = sorted(field.alias or name for name, field in known.items())
+        message = f"{path}: unknown field; the fields are {', '.join(names)}"
         return InputError(message, param=path, code="unknown_field")
     if not error["loc"]:
         return invalid("body", error["input"], "a JSON object")
@@ -158,4 +160,19 @@ def _in_words(error: ErrorDetails, body: type[Body]) -> InputError:
 
 def _path(error: ErrorDetails) -> str:
     path = ".".join(str(part) for part in error["loc"])
+def _body_at(body: type[Body], path: Sequence[int | str]) -> type[Body]:
+    """The model of the object that a path's last part is a field of."""
+    for part in path[:-1]:
+        if isinstance(part, str) and part in body.model_fields:
+            body = next(_bodies_in(body.model_fields[part].annotation), body)
+    return body
+
+
+def _bodies_in(annotation: Any) -> Iterator[type[Body]]:
+    if isinstance(annotation, type) and issubclass(annotation, Body):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _bodies_in(argument)
+
+
     return path if len(path) <= MAX_NAME else path[:MAX_NAME] + "..."

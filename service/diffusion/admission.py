@@ -41,8 +41,8 @@ def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, r
     timesteps = _timesteps(draft, card, defaults)
     return ImageRequest(
         id=id,
-        prompt=_text("prompt", draft.prompt, 0 if card.max_prompt_tokens is None else 1),
-        negative_prompt=_text("negative_prompt", draft.negative_prompt or "", 0),
+        prompt=checked_text("prompt", draft.prompt, 0 if card.max_prompt_tokens is None else 1),
+        negative_prompt=checked_text("negative_prompt", draft.negative_prompt or "", 0),
         n=_integer("n", draft.n, 1, 1, MAX_PICTURES),
         width=width,
         height=height,
@@ -60,7 +60,8 @@ def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, r
     )
 
 
-def _text(field: str, value: str, least: int) -> str:
+def checked_text(field: str, value: str, least: int) -> str:
+    """A prompt without blanks at its ends. Raises InputError."""
     text = value.strip()
     if not least <= len(text) <= MAX_PROMPT:
         raise invalid(field, value, f"{least} to {MAX_PROMPT} characters, blanks at the ends not counted")
