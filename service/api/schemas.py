@@ -158,8 +158,6 @@ def _in_words(error: ErrorDetails, body: type[Body]) -> InputError:
     return invalid(path, error["input"], allowed)
 
 
-def _path(error: ErrorDetails) -> str:
-    path = ".".join(str(part) for part in error["loc"])
 def _body_at(body: type[Body], path: Sequence[int | str]) -> type[Body]:
     """The model of the object that a path's last part is a field of."""
     for part in path[:-1]:
@@ -175,4 +173,6 @@ def _bodies_in(annotation: Any) -> Iterator[type[Body]]:
         yield from _bodies_in(argument)
 
 
+def _path(error: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in error["loc"])
     return path if len(path) <= MAX_NAME else path[:MAX_NAME] + "..."
