@@ -21,6 +21,7 @@ examples:
   headstart models pull                            fetch what the models need that come with Headstart
   headstart serve                                  serve it on http://127.0.0.1:8000
   headstart generate "a red fox" -o fox.png        draw one picture without a server
+  headstart rewrite "kitty n a hat pls"            what a prompt is made into for the model
   headstart eval --limit 100                       measure how well the default model draws
   headstart cache stats                            what is kept of earlier pictures, to start new ones from
   headstart show fox.png                           print what a picture was drawn from
@@ -70,6 +71,15 @@ examples:
   headstart cache calibrate --model ./my-sd15 --prompts mine.txt --out my-policy.json
   headstart serve --model ./my-sd15 --cache-policy my-policy.json
 """
+REWRITE_HELP = """\
+Rewrites a prompt, terse, misspelt or rambling, to one that the image model draws well, and prints it.
+Where the language model's caption cannot be trusted the prompt itself is printed, and why on stderr.
+`headstart generate --enhance-prompt` draws what this prints.
+
+examples:
+  headstart rewrite "kitty n a hat pls, bluish"
+  headstart rewrite "a rocket, nite" --json
+"""
 EVAL_HELP = """\
 Draws prompts in this process, judges the pictures with the scorer that comes with the model (with the
 default model's where it has none), and prints how many are right, prompt group by prompt group. Writes
@@ -84,6 +94,9 @@ examples:
   headstart eval --prompts mine.txt --sheet --pictures
   headstart eval --metrics objects,relation --json
 """
+
+
+SERVED = ("--llm", "--llm-max-running", "--llm-max-waiting")  # of the language model, what only a server needs
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,6 +142,7 @@ def _parser() -> Parser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(subparsers)
     _add_generate(subparsers)
+    _add_rewrite(subparsers)
     _add_eval(subparsers)
     _add_models(subparsers)
     _add_cache(subparsers)
@@ -180,6 +194,9 @@ def _add_generate(subparsers: Any) -> None:
         help="start from what similar prompts left, and leave something: auto (not with --seed), use (even then), "
         "refresh (only leave something); default: bypass",
     )
+    picture.add_argument(
+        "--enhance-prompt", action="store_true", help="let the language model rewrite the prompt first"
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o", "--output", default="headstart.png", metavar="FILE", help="- is stdout; default: %(default)s"
@@ -188,10 +205,20 @@ def _add_generate(subparsers: Any) -> None:
     output.add_argument("--quality", type=int, default=90, metavar="Q", help="of JPEG and WebP, 0 to 100; default: 90")
     output.add_argument("--json", action="store_true", help="print on stdout what was drawn, as JSON")
     output.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    unused = ("--lora", "--patch-degree", "--cache", "--cache-shared", "--cache-ttl")
-    _add_settings(parser, ("model", "ranks", "cache", "log"), but=unused)
+    unused = ("--lora", "--patch-degree", "--cache", "--cache-shared", "--cache-ttl", *SERVED)
+    _add_settings(parser, ("model", "ranks", "cache", "llm", "log"), but=unused)
     _add_lora(parser)
     parser.set_defaults(run=commands.generate)
+
+
+def _add_rewrite(subparsers: Any) -> None:
+    help = "rewrite a prompt for the image model"
+    parser = _described(subparsers.add_parser("rewrite", help=help), REWRITE_HELP)
+    parser.add_argument("prompt", metavar="PROMPT", help="as someone types it")
+    parser.add_argument("--json", action="store_true", help="print what became of it as JSON")
+    parser.add_argument("--quiet", action="store_true", help="nothing on stderr")
+    _add_settings(parser, ("model", "llm", "log"), but=("--lora", *SERVED))
+    parser.set_defaults(run=commands.rewrite)
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -258,7 +285,7 @@ def _add_models(subparsers: Any) -> None:
     ):
         action = actions.add_parser(name, help=help, description=help)
         if name != "list":
-            action.add_argument("name", nargs="?", metavar="NAME", help="default: all of them")
+            action.add_argument("names", nargs="*", metavar="NAME", help="default: all of them")
         _add_settings(action, ("model",), only=("--cache-dir",))
         action.set_defaults(run=commands.models, action=name)
 

@@ -36,9 +36,27 @@ def generate(chosen: argparse.Namespace) -> int:
     logs.setup(settings.log)
     output = oneshot.plan_output(chosen.output, chosen.format, chosen.quality, chosen.json)
     draft = oneshot.draft_of(chosen, loras)
-    described = oneshot.generate(settings, draft, output, cache=chosen.cache, quiet=chosen.quiet)
+    described = oneshot.generate(
+        settings, draft, output, cache=chosen.cache, enhance=chosen.enhance_prompt, quiet=chosen.quiet
+    )
     if chosen.json:
         print(json.dumps(described, ensure_ascii=False, indent=2))
+    return 0
+
+
+def rewrite(chosen: argparse.Namespace) -> int:
+    from service import logs, oneshot
+
+    settings = _settings(chosen, Settings(log=LogSettings(level="warning")))
+    logs.setup(settings.log)
+    done = oneshot.rewrite(settings, chosen.prompt, quiet=chosen.quiet)
+    if chosen.json:
+        facts = {"prompt": done.original, "revised_prompt": done.prompt, "outcome": done.outcome, "reason": done.reason}
+        print(json.dumps(facts | {"seconds": done.seconds}, ensure_ascii=False, indent=2))
+        return 0
+    if done.outcome != "rewritten":
+        oneshot.say(oneshot.told(done), chosen.quiet)
+    print(done.prompt)
     return 0
 
 
@@ -111,7 +129,7 @@ def models(chosen: argparse.Namespace) -> int:
             state = "ready" if status.pulled else "to be fetched: headstart models pull"
             print(f"{status.name}  {status.manifest.name}  {status.manifest.licence}  {state}")
         return 0
-    for name in (chosen.name,) if chosen.name else registry.ROOTS:
+    for name in chosen.names or registry.ROOTS:
         if chosen.action == "pull":
             with _Bars() as bars:
                 folder = registry.pull(name, cache_dir, bars.show)

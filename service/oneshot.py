@@ -1,4 +1,4 @@
-"""`headstart generate`: the service's own admission and engine, without HTTP, from the command line to files."""
+"""`headstart generate` and `rewrite`: the service's own admission and engines, without HTTP, from the command line."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from service.config import DEFAULT_TENANT, Settings
+from service.diffusion.admission import checked_text
 from service.diffusion.request import Completed, Draft, Image, ImageRequest, Progress, parse_size
 from service.errors import CancelledError, SetupError
 from service.events import Failed
@@ -23,6 +24,7 @@ from service.pictures import SUFFIXES, contact_sheet, encode
 from service.recipe import Recipe, recipe_of
 
 if TYPE_CHECKING:
+    from service.llm.rewrite import Rewrite
     from service.runtime import Runtime
 
 # What the command line calls a draft's fields.
@@ -125,11 +127,47 @@ def draft_of(chosen: argparse.Namespace, loras: Sequence[Lora]) -> Draft:
     )
 
 
-def generate(settings: Settings, draft: Draft, output: Output, *, cache: str, quiet: bool) -> dict[str, Any]:
+class Drawn(NamedTuple):
+    """rewrite: what became of the prompt, if it was to be rewritten; the request has what was drawn."""
+
+    request: ImageRequest
+    images: list[Image]
+    completed: Completed
+    rewrite: Rewrite | None
+
+
+def rewrite(settings: Settings, prompt: str, *, quiet: bool) -> Rewrite:
+    """The prompt rewritten for the image model of the settings, or why it was not.
+
+    Raises:
+        ModelError, InputError, SetupError: the caller can mend it.
+    """
+    prompt = checked_text("PROMPT", prompt, 1)
+    say(f"loading {settings.llm.model} for {settings.model.model}", quiet)
+    from service.runtime import open_runtime  # seconds, for torch
+
+    llm = dataclasses.replace(settings.llm, enabled="on")
+    runtime = open_runtime(dataclasses.replace(settings, llm=llm), writing=True)
+
+    async def ask() -> Rewrite:
+        runtime.start()
+        try:
+            await runtime.warm_up_rewriting()
+            return await runtime.rewrite(prompt, DEFAULT_TENANT)
+        finally:
+            await runtime.close(0)
+
+    return asyncio.run(ask())
+
+
+def generate(
+    settings: Settings, draft: Draft, output: Output, *, cache: str, enhance: bool, quiet: bool
+) -> dict[str, Any]:
     """Draw and write; what was drawn, fit for JSON.
 
     Args:
         cache: the cache mode; it is opened for any but "bypass".
+        enhance: let the language model rewrite the prompt first.
 
     Raises:
         ModelError, InputError, SetupError: the caller can mend it.
@@ -138,15 +176,24 @@ def generate(settings: Settings, draft: Draft, output: Output, *, cache: str, qu
     say(f"loading {settings.model.model}", quiet)
     from service.runtime import open_runtime  # seconds, for torch
 
-    runtime = open_runtime(settings, cached=cache != "bypass")
+    runtime = open_runtime(settings, cached=cache != "bypass", writing=enhance)
     request = runtime.resolve(draft, FLAGS)
-    images, completed = asyncio.run(_draw(runtime, request, draft, cache, quiet))
-    files = _write(request, images, runtime.card.name, output)
-    for file, image in zip(files, images, strict=False):
-        say(f"{file}: seed {image.seed}, {image.steps_run} steps, {completed.timings.total_s:.1f} s", quiet)
-    for warning in completed.warnings:
+    drawn = asyncio.run(_draw(runtime, request, draft, cache, enhance, quiet))
+    files = _write(drawn.request, drawn.images, runtime.card.name, output)
+    if drawn.rewrite is not None:
+        say(told(drawn.rewrite), quiet)
+    for file, image in zip(files, drawn.images, strict=False):
+        say(f"{file}: seed {image.seed}, {image.steps_run} steps, {drawn.completed.timings.total_s:.1f} s", quiet)
+    for warning in drawn.completed.warnings:
         say(warning, quiet)
-    return _described(request, runtime.card.name, images, files, completed)
+    return _described(drawn, request.prompt, runtime.card.name, files)
+
+
+def told(done: Rewrite) -> str:
+    """What became of a prompt, in a line."""
+    if done.outcome == "rewritten":
+        return f"rewritten in {done.seconds:.1f} s: {done.prompt}"
+    return f"the prompt was kept: {done.reason or 'there was nothing to change'}"
 
 
 def say(line: str, quiet: bool) -> None:
@@ -154,14 +201,17 @@ def say(line: str, quiet: bool) -> None:
         print(line, file=sys.stderr)
 
 
-async def _draw(
-    runtime: Runtime, request: ImageRequest, draft: Draft, cache: str, quiet: bool
-) -> tuple[list[Image], Completed]:
-    runtime.bridge.start()
-    request = await runtime.with_cache(request, draft, cache, DEFAULT_TENANT)
+async def _draw(runtime: Runtime, request: ImageRequest, draft: Draft, cache: str, enhance: bool, quiet: bool) -> Drawn:
+    runtime.start()
     images: list[Image] = []
     done = dict.fromkeys(range(request.n), 0)
     try:
+        rewrite = None
+        if enhance:
+            await runtime.warm_up_rewriting()
+            rewrite = await runtime.rewrite(request.prompt, DEFAULT_TENANT)
+            request = dataclasses.replace(request, prompt=rewrite.prompt)
+        request = await runtime.with_cache(request, draft, cache, DEFAULT_TENANT)
         with tqdm(total=request.n * request.steps, unit="step", leave=False, disable=quiet or None) as bar:
             async for event in runtime.bridge.submit(request):
                 if isinstance(event, Progress):
@@ -172,7 +222,7 @@ async def _draw(
                 elif isinstance(event, Failed):
                     raise event.error
                 elif isinstance(event, Completed):
-                    return sorted(images, key=lambda image: image.index), event
+                    return Drawn(request, sorted(images, key=lambda image: image.index), event, rewrite)
         raise CancelledError("the request was cancelled")
     finally:
         await runtime.close(0)
@@ -198,13 +248,15 @@ def _write(request: ImageRequest, images: Sequence[Image], model: str, output: O
     return files
 
 
-def _described(
-    request: ImageRequest, model: str, images: Sequence[Image], files: Sequence[Path], completed: Completed
-) -> dict[str, Any]:
+def _described(drawn: Drawn, prompt: str, model: str, files: Sequence[Path]) -> dict[str, Any]:
+    request, images, completed, rewrite = drawn
+    outcome = {} if rewrite is None else {"rewrite": {"outcome": rewrite.outcome, "reason": rewrite.reason}}
     return {
         "id": request.id,
         "model": model,
-        "prompt": request.prompt,
+        "prompt": prompt,
+        "revised_prompt": request.prompt,
+        **outcome,
         "negative_prompt": request.negative_prompt,
         "size": f"{request.width}x{request.height}",
         "sampler": request.sampler,
@@ -222,6 +274,6 @@ def _described(
             for file, image in zip(files, images, strict=False)
         ],
         "contact_sheet": str(files[-1]) if len(images) > 1 else None,
-        "timings": dataclasses.asdict(completed.timings),
+        "timings": {"rewrite_s": 0.0 if rewrite is None else rewrite.seconds} | dataclasses.asdict(completed.timings),
         "warnings": completed.warnings,
     }

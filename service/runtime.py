@@ -121,6 +121,10 @@ class Runtime:
         async for event in self.bridge.submit(request):
             if isinstance(event, Failed):
                 raise event.error
+        await self.warm_up_rewriting()
+
+    async def warm_up_rewriting(self) -> None:
+        """Rewrite one prompt, with time: what all of the default tenant's begin with is in memory then."""
         if self._rewriting is not None:
             warmed = await self._rewriting.warm_up(self.namespace(DEFAULT_TENANT))
             log.info("the language model was warmed up in %.1f s: %s", warmed.seconds, warmed.outcome)

@@ -14,11 +14,14 @@ from starlette.requests import Request
 
 from service.api.live import live
 from service.api.middleware import tenant_of
+from service.api.rewrite import rewrite_facts, rewritten
 from service.api.schemas import DrawBody
 from service.api.state import Service
 from service.bridge import RequestStream
 from service.diffusion.request import Completed, Image, ImageRequest, Partial
+from service.errors import invalid
 from service.events import Event
+from service.llm.rewrite import Rewrite
 from service.recipe import recipe_of
 
 
@@ -38,6 +41,8 @@ class Job:
     model: str
     format: str  # png | jpeg | webp
     quality: int  # 0 to 100
+    prompt: str  # as it was sent; the request has what is drawn
+    rewrite: Rewrite | None  # what became of it, if it was to be rewritten
     embed_s: float = 0.0  # what the prompt's embedding took, before the engine had the request
 
     @property
@@ -45,9 +50,16 @@ class Job:
         return f"{self.request.width}x{self.request.height}"
 
     def timings(self, completed: Completed) -> dict[str, float]:
-        """Of the reply: embedding the prompt is part of looking it up."""
-        engine = completed.timings
-        return asdict(replace(engine, lookup_s=engine.lookup_s + self.embed_s, total_s=engine.total_s + self.embed_s))
+        """Of the reply: embedding the prompt is part of looking it up, and rewriting it comes before all."""
+        engine, rewrite_s = completed.timings, 0.0 if self.rewrite is None else self.rewrite.seconds
+        lookup_s, total_s = engine.lookup_s + self.embed_s, engine.total_s + self.embed_s + rewrite_s
+        return {"rewrite_s": rewrite_s} | asdict(replace(engine, lookup_s=lookup_s, total_s=total_s))
+
+    def prompt_facts(self) -> dict[str, Any]:
+        """What a reply says of the prompt: what was drawn and, if it was to be rewritten, what became of that."""
+        return {"revised_prompt": self.request.prompt} | (
+            {} if self.rewrite is None else {"rewrite": rewrite_facts(self.rewrite)}
+        )
 
     async def picture(self, service: Service, image: Image) -> Picture:
         recipe = recipe_of(self.request, image.seed, self.model, image.steps_skipped)
@@ -58,18 +70,25 @@ class Job:
 
 
 async def accept(service: Service, client: Request, body: DrawBody, format: str) -> tuple[Job, RequestStream]:
-    """What the body asks for, checked, its prompt embedded if the cache is to be asked, and handed to the engine.
+    """What the body asks for, checked, its prompt rewritten if it asks for that and embedded if the cache is to be
+    asked, and handed to the engine.
 
     Raises:
         InputError: in the names of the body's fields.
-        BusyError: the queue is full; the prompt has not been embedded then.
+        BusyError: the queue is full; the prompt has been neither rewritten nor embedded then.
         UnavailableError: no requests are taken.
     """
     runtime, draft = service.runtime, body.draft()
     request = runtime.resolve(draft, body.names)
     if not body.stream:
         request = replace(request, partial_images=0)  # there is nowhere to show them
+    if body.enhance_prompt and runtime.card.max_prompt_tokens is None:
+        raise invalid("enhance_prompt", True, "false: this model reads no prompts")
+    prompt, rewrite = request.prompt, None
     with service.room(request.n) as room:
+        if body.enhance_prompt:
+            rewrite = await rewritten(service, client, prompt)
+            request = replace(request, prompt=rewrite.prompt)
         begun = time.monotonic()
         request = await runtime.with_cache(request, draft, body.cache or "auto", tenant_of(client))
         embed_s = 0.0
@@ -77,7 +96,7 @@ async def accept(service: Service, client: Request, body: DrawBody, format: str)
             embed_s = time.monotonic() - begun
             service.metrics.stage("embed", embed_s)
         stream = runtime.bridge.submit(request, room)
-    return Job(request, runtime.card.name, format, body.quality, embed_s), stream
+    return Job(request, runtime.card.name, format, body.quality, prompt, rewrite, embed_s), stream
 
 
 def cache_facts(image: Image) -> dict[str, Any]:

@@ -64,7 +64,8 @@ def _media_type(client: Request, body: GenerateBody) -> str:
 def _facts(job: Job, image: Image) -> dict[str, Any]:
     return {
         "seed": image.seed,
-        "prompt": job.request.prompt,
+        "prompt": job.prompt,
+        **job.prompt_facts(),
         "steps_run": image.steps_run,
         "steps_skipped": image.steps_skipped,
         "evaluations": image.evaluations,
@@ -85,6 +86,8 @@ def _headers(job: Job, picture: Picture, completed: Completed) -> dict[str, str]
     }
     if picture.image.similarity is not None:
         facts["Similarity"] = cache_facts(picture.image)["similarity"]
+    if job.rewrite is not None:
+        facts |= {"Revised-Prompt": quote(job.request.prompt), "Rewrite": job.rewrite.outcome}
     if completed.warnings:
         facts["Warning"] = "; ".join(completed.warnings)
     return {f"X-Headstart-{name}": str(value) for name, value in facts.items()}

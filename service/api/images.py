@@ -36,7 +36,7 @@ async def generations(client: Request) -> Response:
     pictures, completed = await draw(service, client, job, stream)
     reply: dict[str, Any] = {
         "created": int(time.time()),
-        "data": [{"b64_json": base64_text(picture.data)} | _facts(picture.image) for picture in pictures],
+        "data": [{"b64_json": base64_text(picture.data)} | _facts(job, picture.image) for picture in pictures],
         "size": job.size,
         "output_format": job.format,
         "background": "opaque",
@@ -45,8 +45,8 @@ async def generations(client: Request) -> Response:
     return JSONResponse(reply)
 
 
-def _facts(image: Image) -> dict[str, Any]:
-    return {"seed": image.seed, "cache": cache_facts(image)}
+def _facts(job: Job, image: Image) -> dict[str, Any]:
+    return {"seed": image.seed, "cache": cache_facts(image)} | job.prompt_facts()
 
 
 async def _messages(service: Service, client: Request, job: Job, stream: RequestStream) -> Messages:
@@ -55,7 +55,7 @@ async def _messages(service: Service, client: Request, job: Job, stream: Request
             if isinstance(event, Partial):
                 message = partial_message(job, event, await job.preview(service, event))
             elif isinstance(event, Image):
-                message = image_message(job, (await job.picture(service, event)).data) | _facts(event)
+                message = image_message(job, (await job.picture(service, event)).data) | _facts(job, event)
             else:
                 continue
             yield message["type"], message | {"index": event.index}

@@ -44,6 +44,9 @@ class DrawBody(Body):
     cache: Annotated[
         Literal["auto", "use", "bypass", "refresh"] | None, Field(description="auto, use, bypass or refresh")
     ] = None
+    enhance_prompt: Annotated[
+        bool | None, Field(description="true or false, whether the language model rewrites the prompt first")
+    ] = None
     partial_images: Annotated[int | None, Field(description="an integer, 0 to 3, of a streamed reply")] = None
     stream: Annotated[bool | None, Field(description="true or false")] = None
     output_format: Annotated[Literal["png", "jpeg", "webp"] | None, Field(description="png, jpeg or webp")] = None
