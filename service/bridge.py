@@ -202,6 +202,11 @@ class Bridge(Generic[R_contra]):
             self._condition.notify()
         return await asyncio.shield(asyncio.wrap_future(future))
 
+    def wake(self) -> None:
+        """The engine has work that no request brought. From any thread."""
+        with self._condition:
+            self._condition.notify()
+
     def _abort(self, mailbox: Mailbox) -> None:
         """From any thread; nothing happens when the mailbox's request has ended."""
         request_id = mailbox.request.id

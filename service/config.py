@@ -323,7 +323,7 @@ OPTIONS = (
         "ranks",
         "patch_warm_up",
         "--patch-warm-up",
-        _integer(0, 200),
+        _integer(1, 200),
         "first steps of a shared picture for which GPUs wait for each other",
         "N",
     ),

@@ -17,6 +17,7 @@ from service.llm.request import Timings as TextTimings
 
 if TYPE_CHECKING:
     from cache.latent.lookup import LatentCache
+    from service.diffusion.ranks import Ranks
     from service.llm.assembly import Figures
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -52,6 +53,7 @@ class Metrics:
         )
         for kind in CACHE_FAULTS:  # so that a rate can be taken of the first one too
             self.cache_faults.labels(kind=kind)
+        self.ticks = self._counter("ticks", "Steps of batches, by how many GPUs shared each picture", "patch_degree")
         self.evaluations = self._counter("evaluations", "Network evaluations, over all pictures")
         self.llm_requests = self._counter("llm_requests", "Requests for text that ended, by outcome", "outcome")
         self.llm_latency = self._histogram("llm_request_latency_seconds", "From acceptance to the end of a request")
@@ -72,6 +74,9 @@ class Metrics:
     def stage(self, name: str, seconds: float) -> None:
         self.stages.labels(stage=name).observe(seconds)
 
+    def split(self, degree: int) -> None:
+        self.ticks.labels(patch_degree=degree).inc()
+
     def cache_fault(self, kind: str) -> None:
         self.cache_faults.labels(kind=kind).inc()
 
@@ -85,6 +90,10 @@ class Metrics:
         """Ask for the running and waiting requests whenever the metrics are read."""
         self.running.set_function(lambda: stats().running)
         self.waiting.set_function(lambda: stats().waiting)
+
+    def watch_ranks(self, ranks: Ranks) -> None:
+        """Ask the group of GPUs for its figures whenever the metrics are read."""
+        self.registry.register(RanksCollector(ranks))
 
     def watch_cache(self, cache: LatentCache) -> None:
         """Ask the cache for its own figures whenever the metrics are read."""
@@ -128,6 +137,22 @@ class Metrics:
 
     def _histogram(self, name: str, help: str, *labels: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
         return Histogram(f"headstart_{name}", help, labels, registry=self.registry, buckets=buckets)
+
+
+class RanksCollector(Collector):
+    """Several GPUs as one group."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def collect(self) -> Iterable[Metric]:
+        yield GaugeMetricFamily("headstart_gpus", "GPUs that draw together", self._ranks.gpus)
+        yield CounterMetricFamily("headstart_rank_restarts", "Times that they were started anew", self._ranks.restarts)
+        yield GaugeMetricFamily(
+            "headstart_rank_conditions",
+            "Conditions that a GPU other than the first held at its last call, at most",
+            self._ranks.held,
+        )
 
 
 class CacheCollector(Collector):

@@ -43,6 +43,7 @@ FLAGS = {
     "class_label": "--class-label",
     "timesteps": "--timesteps",
     "loras": "--lora",
+    "patch_degree": "--patch-degree",
 }
 
 
@@ -123,6 +124,7 @@ def draft_of(chosen: argparse.Namespace, loras: Sequence[Lora]) -> Draft:
         seed=chosen.seed,
         class_label=chosen.class_label,
         timesteps=chosen.timesteps,
+        patch_degree=chosen.patch_degree,
         loras=tuple((lora.name, lora.scale) for lora in loras),
     )
 

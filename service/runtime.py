@@ -17,8 +17,10 @@ from models.errors import ModelError
 from models.llm.loading import LanguageModel
 from service.bridge import Bridge
 from service.config import DEFAULT_TENANT, EngineSettings, Settings
-from service.diffusion.admission import resolve
+from service.diffusion.admission import MAX_PICTURES, resolve
+from service.diffusion.degrees import Degrees
 from service.diffusion.engine import DiffusionEngine, Observer
+from service.diffusion.ranks import Ranks, get_ready, open_ranks
 from service.diffusion.request import Draft, ImageRequest
 from service.diffusion.starts import Starts
 from service.errors import InputError, renamed
@@ -39,6 +41,7 @@ class Runtime:
 
     latents: None where there is no cache.
     writer, rewriting: None where there is no language model.
+    ranks, degrees: None where there is one GPU.
     settle: waits, so many seconds at most, until the latents of completed requests are with the cache.
     """
 
@@ -51,17 +54,23 @@ class Runtime:
         settle: Callable[[float], None] = lambda _seconds: None,
         writer: Writer | None = None,
         rewriting: Rewriting | None = None,
+        ranks: Ranks | None = None,
+        degrees: Degrees | None = None,
     ) -> None:
         self.card = card
         self.bridge = bridge
         self.latents = latents
         self.writer = writer
+        self.ranks = ranks
+        self._degrees = degrees
         self._rewriting = rewriting
         self._settle = settle
         self._limits = limits
 
     def start(self) -> None:
         """Start the engines' threads."""
+        if self.ranks is not None:
+            self.ranks.on_lost = self.bridge.wake
         self.bridge.start()
         if self.writer is not None:
             self.writer.bridge.start()
@@ -87,7 +96,7 @@ class Runtime:
         """
         seed = secrets.randbelow(MAX_SEED + 1)
         try:
-            return resolve(draft, self.card, self._limits, id=uuid.uuid4().hex, random_seed=seed)
+            return resolve(draft, self.card, self._limits, id=uuid.uuid4().hex, random_seed=seed, degrees=self._degrees)
         except InputError as error:
             raise renamed(error, names) from None
 
@@ -106,18 +115,22 @@ class Runtime:
         if self.writer is not None:
             closing.append(self.writer.close(grace_s))
         await asyncio.gather(*closing)
+        if self.ranks is not None:
+            await asyncio.to_thread(self.ranks.close)
         if self.latents is not None:
             await asyncio.to_thread(self._settle, SETTLE_S)
             await asyncio.to_thread(self.latents.close)
 
     async def warm_up(self) -> None:
-        """Draw one picture in one step, and rewrite its prompt, so that the first client does not pay for what is made
-        on first use.
+        """Draw one picture on every GPU in one step, and rewrite a prompt, so that the first client does not pay for
+        what is made on first use.
 
         Raises the error of a model that cannot draw.
         """
         label = None if self.card.num_classes is None else 0
-        request = self.resolve(Draft(prompt="warming up", num_inference_steps=1, class_label=label), {})
+        count = 1 if self.ranks is None else min(self.ranks.gpus, MAX_PICTURES)
+        draft = Draft(prompt="warming up", n=count, num_inference_steps=1, class_label=label, patch_degree=1)
+        request = self.resolve(draft, {})
         async for event in self.bridge.submit(request):
             if isinstance(event, Failed):
                 raise event.error
@@ -159,6 +172,7 @@ def open_warm_runtime(
 def _open(settings: Settings, cached: bool, writing: bool) -> tuple[Runtime, DiffusionEngine]:
     chosen = settings.model
     writing = writing and wanted(settings)
+    get_ready(chosen, settings.ranks)
     memory = _gpu_memory(settings) if writing else None
     model = load_model(
         chosen.model,
@@ -175,14 +189,16 @@ def _open(settings: Settings, cached: bool, writing: bool) -> tuple[Runtime, Dif
         from service.opening import open_latents  # with faiss, which few commands need
 
         latents, starts = open_latents(settings, model) or (None, None)
-    engine = DiffusionEngine(model, settings.engine, starts=starts)
+    ranks, degrees = open_ranks(model, settings)
+    engine = DiffusionEngine(model, settings.engine, starts=starts, ranks=ranks)
     bridge: Bridge[ImageRequest] = Bridge(engine, settings.engine)
     writer = rewriting = None
     if language is not None:
         needs = None if memory is None else _needs(settings, model.card, memory)
         writer = open_writer(language, settings.llm, memory, needs)
         rewriting = Rewriting(writer, model.reader(), settings.llm.rewrite_budget_s)
-    return Runtime(model.card, bridge, settings.engine, latents, engine.settle, writer, rewriting), engine
+    runtime = Runtime(model.card, bridge, settings.engine, latents, engine.settle, writer, rewriting, ranks, degrees)
+    return runtime, engine
 
 
 def _language_model(settings: Settings) -> LanguageModel | None:

@@ -25,7 +25,7 @@ class TextStates:
     unread: int = 0  # tokens at the prompt's end that the encoder has no room for
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Condition:
     """What one picture is drawn from. Immutable, shared by the pictures of a request.
 

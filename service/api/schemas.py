@@ -98,6 +98,7 @@ class GenerateBody(DrawBody):
     lora: Annotated[list[LoraBody] | None, Field(description='a list of {"name": text, "scale": number}')] = None
     priority: Annotated[int | None, Field(description="an integer, -10 to 10; higher runs earlier")] = None
     deadline_s: Annotated[float | None, Field(description="a number of seconds above 0")] = None
+    patch_degree: Annotated[int | None, Field(description="an integer, how many GPUs share each picture")] = None
 
     def draft(self) -> Draft:
         return replace(
@@ -108,6 +109,7 @@ class GenerateBody(DrawBody):
             loras=tuple((lora.name, lora.scale) for lora in self.lora or ()),
             priority=self.priority,
             deadline_s=self.deadline_s,
+            patch_degree=self.patch_degree,
         )
 
     def _sides(self) -> tuple[int | None, int | None]:

@@ -42,6 +42,8 @@ class Service:
         self._runtime = runtime
         self.ready_at = time.time()
         self.metrics.watch(lambda: runtime.bridge.stats)
+        if runtime.ranks is not None:
+            self.metrics.watch_ranks(runtime.ranks)
         if runtime.latents is not None:
             self.metrics.watch_cache(runtime.latents.cache)
         if runtime.writer is not None:

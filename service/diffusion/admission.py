@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from models.diffusion.model import ModelCard, SamplerDefaults
 from service.config import EngineSettings
+from service.diffusion.degrees import Degrees
 from service.diffusion.request import Draft, ImageRequest
 from service.errors import invalid
 from service.events import MAX_SEED
@@ -24,12 +25,21 @@ MAX_PRIORITY = 10
 MAX_PARTIAL_IMAGES = 3
 
 
-def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, random_seed: int) -> ImageRequest:
+def resolve(
+    draft: Draft,
+    card: ModelCard,
+    limits: EngineSettings,
+    *,
+    id: str,
+    random_seed: int,
+    degrees: Degrees | None = None,
+) -> ImageRequest:
     """Check a draft against the served model and fill in what the caller left out.
 
     Args:
         id: the request's id.
         random_seed: the seed of a draft that names none (None or -1), 0 to 2**32 - 1.
+        degrees: how many GPUs may share a picture; None: there is one.
 
     Raises:
         InputError: a value out of range; names the HTTP field, the value and what is allowed.
@@ -39,6 +49,7 @@ def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, r
     defaults = card.defaults(sampler, loras)
     width, height = _size(draft, card, limits)
     timesteps = _timesteps(draft, card, defaults)
+    guidance_scale = _guidance(draft.guidance_scale, sampler, defaults)
     return ImageRequest(
         id=id,
         prompt=checked_text("prompt", draft.prompt, 0 if card.max_prompt_tokens is None else 1),
@@ -48,7 +59,7 @@ def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, r
         height=height,
         steps=_steps(len(timesteps) if timesteps else draft.num_inference_steps, sampler, defaults),
         timesteps=timesteps,
-        guidance_scale=_guidance(draft.guidance_scale, sampler, defaults),
+        guidance_scale=guidance_scale,
         sampler=sampler,
         eta=_eta(draft.eta, sampler),
         seed=_seed(draft.seed, random_seed),
@@ -57,6 +68,7 @@ def resolve(draft: Draft, card: ModelCard, limits: EngineSettings, *, id: str, r
         priority=_integer("priority", draft.priority, 0, -MAX_PRIORITY, MAX_PRIORITY),
         partial_images=_integer("partial_images", draft.partial_images, 0, 0, MAX_PARTIAL_IMAGES),
         deadline_s=_deadline(draft.deadline_s),
+        patch_degree=_patch_degree(draft.patch_degree, degrees, sampler, loras, (width, height), guidance_scale),
     )
 
 
@@ -185,6 +197,21 @@ def _loras(loras: Loras, card: ModelCard) -> Loras:
     if len(set(names)) < len(names):
         raise invalid("loras", names, "each name once")
     return tuple(sorted(loras))
+
+
+def _patch_degree(
+    value: int | None,
+    degrees: Degrees | None,
+    sampler: str,
+    loras: Loras,
+    size: tuple[int, int],
+    guidance_scale: float,
+) -> int:
+    if degrees is None:
+        if value not in (None, 1):
+            raise invalid("patch_degree", value, "1 or nothing: this server draws on one GPU")
+        return 1
+    return degrees.choose(value, sampler, loras, size, guidance_scale)
 
 
 def _deadline(value: float | None) -> float | None:

@@ -6,6 +6,8 @@ picture is held back for company, and running ones wait for a bounded piece of w
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,13 +21,16 @@ from accel.samplers.schedules import ConsistencySchedule
 from models.diffusion.model import Condition, DiffusionModel, ModelCard
 from service.config import EngineSettings
 from service.diffusion.picture import Job, Picture, Tick
+from service.diffusion.ranks import Places, Ranks
 from service.diffusion.request import Completed, Event, Image, ImageRequest, Partial, Progress, State
 from service.diffusion.runner import Runner
 from service.diffusion.scheduler import Scheduler
 from service.diffusion.starts import GuardedStarts, Starts, Wanted
-from service.errors import DeadlineError, HeadstartError, InputError
+from service.errors import DeadlineError, HeadstartError, InputError, UnavailableError
 from service.events import Cancelled, Failed, Started
 from service.faults import explained
+
+log = logging.getLogger(__name__)
 
 DECODE_BATCH = 4
 
@@ -41,6 +46,10 @@ class Observer(Protocol):
         """One batch went through "encode", "lookup", "preview" or "decode"."""
         ...
 
+    def split(self, degree: int) -> None:
+        """One tick ran, each of its pictures shared by so many GPUs."""
+        ...
+
     def cache_fault(self, kind: str) -> None:
         """The cache did not do its part (see `CACHE_FAULTS`). From any thread."""
         ...
@@ -49,6 +58,7 @@ class Observer(Protocol):
 class NullObserver:
     def tick(self, pictures: int, evaluations: int, seconds: float) -> None: ...
     def stage(self, name: str, seconds: float) -> None: ...
+    def split(self, degree: int) -> None: ...
     def cache_fault(self, kind: str) -> None: ...
 
 
@@ -60,6 +70,7 @@ class DiffusionEngine:
 
     Args:
         starts: where pictures may start from latents of others, and leave their own; None: all start from noise.
+        ranks: the group of GPUs that the model runs on; None: this process alone.
     """
 
     def __init__(
@@ -69,11 +80,16 @@ class DiffusionEngine:
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
         starts: Starts | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._model = model
+        self._ranks = ranks
+        self._watched = contextlib.nullcontext if ranks is None else ranks.watched
+        self._stranded = False  # the ranks could not be started anew; the next request is reason to try again
         latents = LatentSlots(settings.max_running, model.device)
-        self._scheduler = Scheduler(settings.max_batch, settings.ageing_s, latents)
-        self._runner = Runner(model, latents, settings.max_batch)
+        slots = latents if ranks is None else Places(latents, ranks)
+        self._scheduler = Scheduler(settings.max_batch, settings.ageing_s, slots)
+        self._runner = Runner(model, latents, settings.max_batch, ranks)
         self.observer: Observer = observer or NullObserver()
         self._clock = clock
         self._events: list[Event] = []
@@ -95,6 +111,7 @@ class DiffusionEngine:
         except ValueError as error:
             raise InputError(str(error)) from None
         self._scheduler.add(request, plan, self._runner.bucket(request), self._clock())
+        self._stranded = False
 
     def abort(self, request_id: str) -> None:
         """Cancel a request before its next row; its Cancelled comes with the next step. An unknown id is no error."""
@@ -104,7 +121,8 @@ class DiffusionEngine:
             self._events.append(Cancelled(request_id, job.timings(self._clock())))
 
     def has_work(self) -> bool:
-        return bool(self._scheduler.jobs or self._events)
+        lost = self._ranks is not None and self._ranks.lost is not None and not self._stranded
+        return bool(self._scheduler.jobs or self._events or lost)
 
     def settle(self, timeout_s: float) -> None:
         """Wait, at most so long, until the latents of completed requests are with the cache. From any thread."""
@@ -119,14 +137,31 @@ class DiffusionEngine:
 
     def step(self) -> list[Event]:
         """Admit, run one row of one batch, copy latents to keep, decode what it finished; what happened, in order."""
-        self._expire()
-        self._admit()
-        tick = self._scheduler.schedule(self._clock())
-        if tick is not None:
-            self._run(tick)
-            self._copy(tick)
-            self._preview(tick)
-        self._decode()
+        if self._ranks is not None and self._ranks.lost is not None:
+            return self._mend(self._ranks, self._ranks.lost)
+        with self._watched():
+            self._expire()
+            self._admit()
+            tick = self._scheduler.schedule(self._clock())
+            if tick is not None:
+                self._run(tick)
+                self._copy(tick)
+                self._preview(tick)
+            self._decode()
+        return self._drain()
+
+    def _mend(self, ranks: Ranks, lost: HeadstartError) -> list[Event]:
+        """Fail the requests that have begun; when they have been told, start the ranks anew for those that wait."""
+        begun = [job for job in self._scheduler.jobs.values() if job.started is not None]
+        for job in begun:
+            self._fail(job, lost)
+        if not begun and not self._events:
+            try:
+                ranks.restart()
+            except HeadstartError as error:
+                log.error("%s", error.message)
+                self._stranded = True
+                return self.fail_all(UnavailableError(error.message, code="rank_lost"))
         return self._drain()
 
     def _observe_fault(self, kind: str) -> None:
@@ -220,6 +255,7 @@ class DiffusionEngine:
             self._runner.wait()  # so that the time is the denoising's, not the decoding's
         seconds = self._clock() - begun
         self.observer.tick(len(advanced), sum(picture.evaluations for picture in advanced), seconds)
+        self.observer.split(tick.bucket.degree)
         for job in self._jobs_of(advanced):
             job.denoise_s += seconds
         for picture in advanced:

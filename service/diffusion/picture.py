@@ -25,6 +25,7 @@ class Bucket(NamedTuple):
     network: str
     shape: tuple[int, int, int]  # latent channels, height, width
     loras: tuple[tuple[str, float], ...]
+    degree: int = 1  # GPUs that share each picture
 
 
 @dataclass(slots=True, eq=False)
@@ -92,6 +93,7 @@ class Job:
             lookup_s=self.lookup_s,
             denoise_s=self.denoise_s,
             decode_s=self.decode_s,
+            patch_degree=self.request.patch_degree,
             total_s=now - self.arrived,
         )
 

@@ -48,6 +48,7 @@ class Draft:
     priority: int | None = None
     partial_images: int | None = None
     deadline_s: float | None = None
+    patch_degree: int | None = None
 
 
 def parse_size(field: str, size: str, allowed: str) -> tuple[int, int]:
@@ -91,6 +92,7 @@ class ImageRequest:
     priority: int = 0  # higher runs earlier; -10 to 10
     partial_images: int = 0  # previews per picture
     deadline_s: float | None = None  # seconds from arrival; None: no deadline
+    patch_degree: int = 1  # GPUs that share each picture
     tenant: str = ""  # whose latents and remembered prompts it shares
     cache: CacheIntent | None = None  # None: the cache is bypassed
 
@@ -103,6 +105,7 @@ class Timings(events.Timings):
     lookup_s: float = 0.0  # in the approximate cache
     denoise_s: float = 0.0
     decode_s: float = 0.0
+    patch_degree: int = 1  # no seconds: how many GPUs shared each picture, which explains them
 
 
 # What engine.step() returns, in order, beside Started, Failed and Cancelled (service.events).

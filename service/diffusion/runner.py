@@ -22,9 +22,11 @@ from accel.samplers.library import renoise
 from accel.samplers.noise import ENTRY_ROW, INITIAL_ROW, gaussian
 from models.diffusion.denoiser import to_device
 from models.diffusion.model import Condition, Denoiser, DiffusionModel, as_array
+from service.diffusion.orders import Network
 from service.diffusion.picture import Arriving, Bucket, Picture, Tick
+from service.diffusion.ranks import Ranks
 from service.diffusion.request import ImageRequest
-from service.diffusion.staging import Staging
+from service.diffusion.staging import StagedRows, Staging
 from service.errors import HeadstartError, NonFiniteError, OutOfMemoryError
 from service.faults import explained
 
@@ -46,26 +48,28 @@ class Runner:
     Args:
         latents: where they live; slots are taken and given back by the scheduler.
         max_batch: pictures of one tick at most.
+        ranks: the group of GPUs that this process leads; None: it runs all by itself.
     """
 
-    def __init__(self, model: DiffusionModel, latents: LatentSlots, max_batch: int) -> None:
+    def __init__(self, model: DiffusionModel, latents: LatentSlots, max_batch: int, ranks: Ranks | None = None) -> None:
         self._model = model
         self._latents = latents
+        self._ranks = ranks
         self._staging = Staging(max_batch, model.device)
-        self._networks: dict[str, Denoiser] = {}  # by the sampler and the LoRAs of the first request that ran on it
-        self._ceilings: dict[tuple[str, tuple[int, ...]], int] = {}  # network rows, after running out of memory
+        self._networks: dict[str, tuple[Denoiser, Network]] = {}  # Network: of the first request that ran on it
+        self._ceilings: dict[tuple[str, tuple[int, ...], int], int] = {}  # network rows, after running out of memory
         self._ticks = 0
 
     def bucket(self, request: ImageRequest) -> Bucket:
         """The bucket in which the request's pictures run."""
         card, loras = self._model.card, request.loras
         denoiser = self._model.denoiser(request.sampler, loras)
-        name = next((name for name, other in self._networks.items() if other is denoiser), None)
+        name = next((name for name, (other, _) in self._networks.items() if other is denoiser), None)
         if name is None:
             name = "+".join([request.sampler, *(lora for lora, _ in loras)])
-            self._networks[name] = denoiser
+            self._networks[name] = denoiser, (request.sampler, loras)
         shape = (card.latent_channels, request.height // card.scale, request.width // card.scale)
-        return Bucket(name, shape, loras)
+        return Bucket(name, shape, loras, request.patch_degree)
 
     @torch.inference_mode()
     def encode(self, requests: Sequence[ImageRequest]) -> list[Condition]:
@@ -121,7 +125,7 @@ class Runner:
         self._ticks += 1
         if self._ticks % CEILING_TICKS == 0:
             self._ceilings.clear()
-        kind = (tick.bucket.network, tick.bucket.shape)
+        kind = (tick.bucket.network, tick.bucket.shape, tick.bucket.degree)
         outcome = Outcome([], [])
         left = tick.pictures
         while left:
@@ -129,7 +133,7 @@ class Runner:
             error = self._advance(tick.bucket, part)
             if error is None:
                 outcome.advanced.extend(part)
-            elif isinstance(error, OutOfMemoryError) and len(part) > 1:
+            elif isinstance(error, OutOfMemoryError) and len(part) > 1 and self._works_on():
                 self._free_memory()
                 self._ceilings[kind] = sum(picture.evaluations for picture in part) // 2
                 log.warning("out of memory: %s runs %d network rows at once from now on", kind, self._ceilings[kind])
@@ -146,13 +150,41 @@ class Runner:
             self._model.use_loras(bucket.loras)
             x, previous, finite = self._latents.tensors(bucket.shape)
             batch = self._staging.send(pictures)
-            denoised = self._networks[bucket.network](x[batch.slots], batch.t, batch.alpha, conditions)
+            denoised = self._denoised(bucket, pictures, x, batch, conditions)
             sampler_step(x, previous, batch.slots, denoised, batch.coefficients, batch.seeds, batch.rows, finite)
         except Exception as error:
             return explained(error, "a denoising step")
         finally:
             self._staging.mark()
         return None
+
+    def _denoised(
+        self,
+        bucket: Bucket,
+        pictures: Sequence[Picture],
+        x: torch.Tensor,
+        batch: StagedRows,
+        conditions: Sequence[Condition],
+    ) -> torch.Tensor:
+        denoiser, network = self._networks[bucket.network]
+        rows = x[batch.slots], batch.t, batch.alpha, conditions
+        if self._ranks is None:
+            return denoiser(*rows)
+        slots, ran = [picture.slot for picture in pictures], [picture.cursor for picture in pictures]
+        return self._ranks.evaluate(network, bucket.loras, bucket.degree, *rows, slots, ran)
+
+    def _works_on(self) -> bool:
+        """Whether latents are as they were before memory ran out, and another call can be made."""
+        if self._ranks is None or self._ranks.lost is None:
+            return True
+        if not self._ranks.intact:
+            return False
+        try:
+            self._ranks.restart()
+        except HeadstartError:
+            log.exception("the ranks cannot go on after one was without memory")
+            return False
+        return True
 
     @torch.inference_mode()
     def copy(self, pictures: Sequence[Picture]) -> list[Arriving]:
@@ -203,6 +235,8 @@ class Runner:
         except Exception as error:
             reason = explained(error, "decoding")
         else:
+            if self._ranks is not None and self._ranks.lost is not None:  # what came from them need not be right
+                return [self._ranks.lost] * len(pictures)
             return [
                 array if flag else NonFiniteError(f"the latents of picture {picture.index} are not finite")
                 for picture, array, flag in zip(pictures, arrays, flags, strict=True)

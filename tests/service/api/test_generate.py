@@ -28,7 +28,8 @@ def test_json_reply_names_every_picture_and_what_it_took(client: httpx.Client) -
     answer = reply.json()
     assert set(answer) == {"id", "created", "model", "data", "timings", "warnings"}
     assert answer["model"] == "fake"
-    assert set(answer["timings"]) == {"queue_s", "encode_s", "lookup_s", "denoise_s", "decode_s", "total_s"}
+    stages = {"rewrite_s", "queue_s", "encode_s", "lookup_s", "denoise_s", "decode_s", "total_s"}
+    assert set(answer["timings"]) == stages | {"patch_degree"}
     assert [entry["seed"] for entry in answer["data"]] == [70000, 70001, 70002]
     for entry in answer["data"]:
         drawn = pixels(base64.b64decode(entry.pop("b64_json")))

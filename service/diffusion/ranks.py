@@ -1,0 +1,402 @@
+"""Several GPUs as rank 0 sees them: network calls that other ranks take part in, and a group that can be started anew.
+
+Rank 0 is the service's own process. It schedules and owns latents, text and cache; its followers (`crew.py`) hold the
+same networks and nothing else of a request but the conditions that rank 0 holds too. A network call is told to them
+through pipes and runs in collective calls (`shares.py`), whole rows on each rank or one picture on several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from models.diffusion.dtype import resolve_device
+from models.diffusion.model import Condition, DiffusionModel
+from models.diffusion.patch import patch_plan
+from models.errors import PatchError
+from service.config import ModelSettings, RankSettings, Settings
+from service.diffusion.crew import Crew, prepare
+from service.diffusion.degrees import Degrees, fitting
+from service.diffusion.orders import Answer, Evaluate, Lesson, Load, Loras, Meet, Network, Shape, lesson
+from service.diffusion.scheduler import Slots
+from service.diffusion.shares import BrokenError, Seat, pack, share
+from service.errors import HeadstartError, OutOfMemoryError, SetupError, UnavailableError
+from service.faults import explained
+
+log = logging.getLogger(__name__)
+
+SETTLE_S = 5.0  # for steps that were on their way when memory ran out
+START_S = 300.0  # for ranks to find each other
+MEASURE_S = 20.0  # no larger size is measured after so long
+PROBE_SLOT = -1  # of the pictures that are measured with
+
+
+class Places:
+    """Latent slots that tell the ranks which of them are given back; see `service.diffusion.scheduler.Slots`."""
+
+    def __init__(self, slots: Slots, ranks: Ranks) -> None:
+        self._slots = slots
+        self._ranks = ranks
+
+    @property
+    def free(self) -> int:
+        return self._slots.free
+
+    def acquire(self, shape: Shape) -> int:
+        return self._slots.acquire(shape)
+
+    def release(self, shape: Shape, slot: int) -> None:
+        self._slots.release(shape, slot)
+        self._ranks.release(shape, slot)
+
+
+class Ranks:
+    """The group of ranks that this process leads.
+
+    `lost` says why the group cannot be used any more, from any thread; then `restart` makes another.
+
+    Args:
+        model: as it was loaded from `chosen`, on the first of `devices_of(chosen.device, settings.gpus)`.
+
+    Raises:
+        SetupError: a rank cannot load the model or join.
+    """
+
+    def __init__(self, model: DiffusionModel, chosen: ModelSettings, settings: RankSettings) -> None:
+        self.gpus = settings.gpus
+        self.restarts = 0
+        self.held = 0  # the most conditions that a follower held at the last call of all ranks
+        self.on_lost: Callable[[], None] = lambda: None  # called from any thread
+        self._model = model
+        self._chosen = replace(chosen, dtype=str(model.dtype).removeprefix("torch."))
+        self._settings = settings
+        self._devices = devices_of(str(model.device), settings.gpus)
+        self._threads = max(1, torch.get_num_threads() // (settings.gpus if model.device.type == "cpu" else 1))
+        if model.device.type == "cpu":
+            torch.set_num_threads(self._threads)
+        self._released: list[tuple[Shape, int]] = []  # slots since the last call of a degree above 1
+        self._before: torch.cuda.Event | None = None  # when the last call was made
+        self._start()
+
+    @property
+    def lost(self) -> UnavailableError | None:
+        return self._crew.lost
+
+    @property
+    def intact(self) -> bool:
+        """The group was lost for want of memory, after all that ran before was done."""
+        return self._intact
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the followers' processes, in order of rank."""
+        return self._crew.pids
+
+    def watched(self) -> contextlib.AbstractContextManager[None]:
+        """Around work that may wait for other ranks: if it takes longer than `timeout_s`, the group is lost."""
+        return self._crew.watched()
+
+    def release(self, shape: Shape, slot: int) -> None:
+        """A picture has given back its slot."""
+        if self._teams.pop((shape, slot), None) is not None:
+            self._released.append((shape, slot))
+
+    @torch.inference_mode()
+    def evaluate(
+        self,
+        network: Network,
+        loras: Loras,
+        degree: int,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        alpha: torch.Tensor,
+        conditions: Sequence[Condition],
+        slots: Sequence[int],
+        ran: Sequence[int],
+    ) -> torch.Tensor:
+        """A network call, as `models.diffusion.model.Denoiser`, by as many ranks as are of use.
+
+        Args:
+            network: names the denoiser, by a sampler and LoRAs with which it is the model's.
+            loras: those that act.
+            degree: ranks that share each picture.
+            slots: the latent slot of each row.
+            ran: how many rows each row's picture has run since it began.
+
+        Raises:
+            OutOfMemoryError: on this rank or another.
+            UnavailableError: the group is lost.
+            HeadstartError: the call failed on another rank; what failed on this one is raised as it is.
+        """
+        if self.lost is not None:
+            raise self.lost
+        shape: Shape = (x.shape[1], x.shape[2], x.shape[3])
+        shares = self._shares(degree, shape, slots, ran, [condition.evaluations for condition in conditions])
+        order = Evaluate(network, loras, shape, degree, shares)
+        if degree > 1:
+            released, self._released = tuple(self._released), []
+            order = order._replace(slots=tuple(slots), ran=tuple(ran), released=released)
+        elif order.alone:
+            denoised: torch.Tensor = self._model.denoiser(*network)(x, t, alpha, conditions)
+            return denoised
+        learned: list[Condition] = []
+        if not order.alone:
+            order, learned = self._teach(order, conditions)
+        if self._before is not None:
+            self._before.record(torch.cuda.current_stream(self._model.device))
+        return self._call(order, pack(x, t, alpha), conditions, learned)
+
+    def measure(self, max_pixels: int) -> dict[int, dict[int, float]]:
+        """Seconds of a step of one picture, by latent cells and then by degree, for sizes up to `max_pixels`."""
+        card = self._model.card
+        defaults = card.samplers[card.default_sampler]
+        try:
+            plan = patch_plan(self._model.denoiser(card.default_sampler))
+        except PatchError:
+            return {}
+        begun = time.monotonic()
+        seconds: dict[int, dict[int, float]] = {}
+        width, height = card.default_size
+        while width * height <= max_pixels and time.monotonic() - begun < MEASURE_S:
+            self._model.use_loras(())
+            with torch.inference_mode():
+                size = (width, height)
+                (condition,) = self._model.encode([("", "")], [defaults.guidance_scale], card.default_sampler, size)
+            rows, columns = height // card.scale, width // card.scale
+            x = torch.randn(1, card.latent_channels, rows, columns).to(self._model.device)
+            degrees = fitting(plan, self.gpus, rows, guided=condition.negative is not None)
+            seconds[rows * columns] = {degree: self._seconds(degree, x, condition) for degree in degrees}
+            width, height = 2 * width, 2 * height
+        for cells, row in seconds.items():
+            shown = ", ".join(f"{degree}: {1e3 * each:.1f} ms" for degree, each in row.items())
+            log.info("a step of a picture of %d latent cells by patch degree: %s", cells, shown)
+        return seconds
+
+    def restart(self) -> None:
+        """End what is left of the group and start another. Raises SetupError; then the group is still lost."""
+        self._leave()
+        self.restarts += 1
+        self._start()
+        log.info("the group of %d ranks has been started anew", self.gpus)
+
+    def close(self) -> None:
+        """End the followers."""
+        self._leave()
+
+    def _start(self) -> None:
+        self._numbers: dict[int, tuple[int, weakref.ref[Condition]]] = {}  # by id: what followers call a condition
+        self._forgotten: list[int] = []
+        self._next_number = itertools.count()
+        self._teams: dict[tuple[Shape, int], int] = {}  # of the pictures that several ranks share
+        self._released = []
+        self._intact = False
+        self._before = torch.cuda.Event() if self._model.device.type == "cuda" else None
+        crew = self._crew = Crew(
+            self.gpus,
+            self._settings.timeout_s,
+            settle=self._settle,
+            abort=self._abort,
+            on_lost=lambda: self.on_lost(),
+        )
+        ranks = range(1, self.gpus)
+        try:
+            crew.tell({rank: Load(replace(self._chosen, device=self._devices[rank]), self._threads) for rank in ranks})
+            _check(crew.answers(ranks))
+            timeout = timedelta(seconds=START_S)
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            settings = self._settings
+            meets = {
+                rank: Meet(
+                    rank, self.gpus, store.port, settings.timeout_s, settings.patch_warm_up, settings.patch_launch
+                )
+                for rank in range(self.gpus)
+            }
+            crew.tell({rank: meets[rank] for rank in ranks})
+            self._seat = Seat(self._model, meets[0], store, {}, crew.pipes)
+            _check(crew.answers(ranks))
+        except Exception as error:
+            reason = error.message if isinstance(error, HeadstartError) else f"{type(error).__name__}: {error}"
+            crew.failed(reason)
+            raise SetupError(f"ranks.gpus: the {self.gpus} ranks cannot be started: {reason}") from error
+
+    def _shares(
+        self, degree: int, shape: Shape, slots: Sequence[int], ran: Sequence[int], weights: Sequence[int]
+    ) -> tuple[tuple[int, ...], ...]:
+        """The rows of each team. What a team keeps of a picture makes it stay with the team."""
+        teams = self.gpus // degree
+        if degree == 1:
+            return share(weights, teams)
+        shares: list[list[int]] = [[] for _ in range(teams)]
+        load = [0] * teams
+        for team in self._teams.values():
+            load[team] += 1
+        for row, (slot, rows_run) in enumerate(zip(slots, ran, strict=True)):
+            team = self._teams.get((shape, slot), -1)
+            if team < 0 or rows_run == 0:
+                team = load.index(min(load))
+                load[team] += 1
+                self._teams[shape, slot] = team
+            shares[team].append(row)
+        used = max(team for team in range(teams) if shares[team]) + 1
+        return tuple(map(tuple, shares[:used]))
+
+    def _teach(self, order: Evaluate, conditions: Sequence[Condition]) -> tuple[Evaluate, list[Condition]]:
+        """The order with its rows' conditions by number, and those of them that the followers are to learn."""
+        numbers: list[int] = []
+        lessons: list[Lesson] = []
+        learned: list[Condition] = []
+        for condition in conditions:
+            if id(condition) not in self._numbers:
+                number = next(self._next_number)
+                self._numbers[id(condition)] = number, self._watch(condition, number)
+                lessons.append(lesson(number, condition))
+                learned.append(condition)
+            numbers.append(self._numbers[id(condition)][0])
+        forget = tuple(self._forgotten)
+        del self._forgotten[: len(forget)]
+        return order._replace(conditions=tuple(numbers), lessons=tuple(lessons), forget=forget), learned
+
+    def _watch(self, condition: Condition, number: int) -> weakref.ref[Condition]:
+        """Tells followers to forget the condition when this process has."""
+        key, numbers, forgotten = id(condition), self._numbers, self._forgotten
+
+        def forget(_: object) -> None:
+            del numbers[key]
+            forgotten.append(number)
+
+        return weakref.ref(condition, forget)
+
+    def _call(
+        self, order: Evaluate, packed: torch.Tensor, conditions: Sequence[Condition], learned: Sequence[Condition]
+    ) -> torch.Tensor:
+        ranks = range(1, order.degree if order.alone else self.gpus)
+        self._crew.tell(dict.fromkeys(ranks, order))
+        try:
+            self._seat.spread(learned)
+            part, error = self._seat.evaluate(order, packed, conditions)
+            answers = self._crew.answers(ranks)
+            denoised = part if order.alone else self._seat.gather(order, part)
+        except UnavailableError:
+            raise
+        except BrokenError as broken:
+            reason = explained(broken.cause, "a denoising step")
+            no_memory = isinstance(reason, OutOfMemoryError)
+            raise self._crew.failed(f"rank 0: {reason.message}", no_memory=no_memory) from None
+        except Exception as fault:
+            raise self._crew.failed(f"rank 0: {type(fault).__name__}") from fault
+        if not order.alone:
+            self.held = max(answer.conditions for answer in answers)
+        if error is not None:
+            raise error
+        _check(answers)
+        if self.lost is not None:  # what has come may be what was there before
+            raise self.lost
+        assert denoised is not None
+        return denoised
+
+    def _seconds(self, degree: int, x: torch.Tensor, condition: Condition) -> float:
+        """Of a step of one picture, once its warm-up is over: the best of three."""
+        network = (self._model.card.default_sampler, ())
+        t, alpha = torch.tensor([500.0]).to(x.device), torch.tensor([0.5]).to(x.device)
+        warm = self._settings.patch_warm_up
+        best = float("inf")
+        for ran in (0, warm, warm + 1, warm + 2, warm + 3):
+            begun = time.monotonic()
+            with self.watched():
+                self.evaluate(network, (), degree, x, t, alpha, [condition], [PROBE_SLOT], [ran])
+                if x.device.type == "cuda":
+                    torch.cuda.synchronize(x.device)
+            if ran > warm:
+                best = min(best, time.monotonic() - begun)
+        self.release((x.shape[1], x.shape[2], x.shape[3]), PROBE_SLOT)
+        return best
+
+    def _settle(self) -> None:
+        """Wait until what was handed over before the last call is done: followers still do their part of that."""
+        end = time.monotonic() + SETTLE_S
+        while self._before is not None and not self._before.query():
+            if time.monotonic() > end:
+                return
+            time.sleep(0.01)
+        self._intact = True
+
+    def _abort(self) -> None:
+        """Unblock this process's device: without it, NCCL waits for ranks that are gone."""
+        if self._before is not None and dist.is_initialized():
+            dist.distributed_c10d._abort_process_group()
+
+    def _leave(self) -> None:
+        self._crew.close()
+        if not dist.is_initialized():
+            return
+        if self._before is not None:
+            self._abort()  # ends what may still wait for others
+        else:
+            dist.destroy_process_group()
+
+
+def devices_of(name: str, gpus: int) -> list[str]:
+    """The devices of so many ranks: one after the other from the one named, or the CPU for all.
+
+    Raises:
+        SetupError: there are fewer.
+    """
+    if name == "cpu":
+        return ["cpu"] * gpus
+    first = 0 if name == "auto" else resolve_device(name).index or 0
+    there = torch.cuda.device_count()
+    if first + gpus > there:
+        behind = f" from cuda:{first} on" if first else ""
+        message = f"ranks.gpus: {gpus} is not allowed; {max(0, there - first)} CUDA devices are visible{behind}"
+        raise SetupError(f"{message} (with --device cpu the ranks are processes on the CPU)", param="ranks.gpus")
+    return [f"cuda:{index}" for index in range(first, first + gpus)]
+
+
+def open_ranks(model: DiffusionModel, settings: Settings) -> tuple[Ranks, Degrees] | tuple[None, None]:
+    """The ranks that the settings ask for and how many of them may share a picture; nothing for a single GPU.
+
+    Raises SetupError.
+    """
+    chosen = settings.ranks
+    if chosen.gpus == 1:
+        if chosen.patch_degree not in ("auto", "1"):
+            message = f"ranks.patch_degree: {chosen.patch_degree} is not allowed; 1 or auto: there is one GPU (--gpus)"
+            raise SetupError(message, param="ranks.patch_degree")
+        return None, None
+    if chosen.patch_launch == "graph" and model.device.type != "cuda":
+        message = "ranks.patch_launch: graph is not allowed; eager or compile: there are no graphs on the CPU"
+        raise SetupError(message, param="ranks.patch_launch")
+    automatic = chosen.patch_degree == "auto"
+    degrees = Degrees(model, chosen.gpus, None if automatic else int(chosen.patch_degree))
+    ranks = Ranks(model, settings.model, chosen)
+    if automatic:
+        degrees.seconds = ranks.measure(settings.engine.max_pixels)
+    return ranks, degrees
+
+
+def get_ready(chosen: ModelSettings, settings: RankSettings) -> None:
+    """Before the model is loaded: check that the GPUs are there, and let what followers need be imported meanwhile.
+
+    Raises SetupError.
+    """
+    if settings.gpus > 1:
+        devices_of(chosen.device, settings.gpus)
+        prepare()
+
+
+def _check(answers: Iterable[Answer]) -> None:
+    """Raise what the first follower that failed has to say."""
+    for rank, answer in enumerate(answers, start=1):
+        if answer.fault is not None:
+            kind = OutOfMemoryError if answer.no_memory else HeadstartError
+            raise kind(f"{answer.fault} (on rank {rank})")
