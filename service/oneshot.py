@@ -16,11 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from service.config import DEFAULT_TENANT, Settings
-from service.diffusion.admission import checked_text
 from service.diffusion.request import Completed, Draft, Image, ImageRequest, Progress, parse_size
 from service.errors import CancelledError, SetupError
 from service.events import Failed
 from service.pictures import SUFFIXES, contact_sheet, encode
+from service.prompts import checked_text
 from service.recipe import Recipe, recipe_of
 
 if TYPE_CHECKING:

@@ -1,4 +1,7 @@
-"""GET and DELETE /cache: what the tenant who asks has in the latent cache, and no one else's."""
+"""GET and DELETE /cache: what the tenant who asks has in the latent cache, and no one else's.
+
+Forgetting all takes along the prefixes of texts that the language model has in memory, but for those of live requests.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ async def stats(client: Request) -> Response:
     return JSONResponse({"enabled": True, "tenant": tenant} | await asyncio.to_thread(latents.stats, tenant))
 
 
-@router.delete("/cache", summary="Forget what this tenant's pictures left, of one prompt or of all")
+@router.delete("/cache", summary="Forget what this tenant's requests left, of one prompt or of all")
 async def purge(client: Request) -> Response:
     tenant = _tenant(client, ["prompt", "tenant"])
     prompt = client.query_params.get("prompt")
@@ -36,7 +39,11 @@ async def purge(client: Request) -> Response:
         raise ConflictError("the cache is shared by all tenants; name the ?prompt= to forget", code="shared_cache")
     latents = service.runtime.latents
     purged = 0 if latents is None else await asyncio.to_thread(latents.purge, tenant, prompt)
-    return JSONResponse({"tenant": tenant, "purged": purged})
+    facts = {"tenant": tenant, "purged": purged}
+    writer = service.runtime.writer
+    if writer is not None and prompt is None:
+        facts["prefix_pages"] = await writer.forget(service.runtime.namespace(tenant))
+    return JSONResponse(facts)
 
 
 def _tenant(client: Request, known: Sequence[str]) -> str:

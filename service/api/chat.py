@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from models.llm.tokenizer import HALF, Tokenizer
 from service.api.bodies import read_body
 from service.api.events import DataStream, Messages
 from service.api.openapi import json_body
@@ -20,7 +19,11 @@ from service.api.writing import Choice, Task, accept, check_model, events_of, kn
 from service.bridge import RequestStream
 from service.llm.request import ChoiceEnded, Completed, Delta, TokenLogprob
 
+if TYPE_CHECKING:  # importing it loads torch, and the port answers before that
+    from models.llm.tokenizer import Tokenizer
+
 router = APIRouter()
+HALF = "\N{REPLACEMENT CHARACTER}"  # what stands for bytes that are no whole character
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 

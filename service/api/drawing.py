@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from starlette.requests import Request
@@ -21,8 +21,10 @@ from service.bridge import RequestStream
 from service.diffusion.request import Completed, Image, ImageRequest, Partial
 from service.errors import invalid
 from service.events import Event
-from service.llm.rewrite import Rewrite
 from service.recipe import recipe_of
+
+if TYPE_CHECKING:  # importing it loads torch, and the port answers before that
+    from service.llm.rewrite import Rewrite
 
 
 @dataclass(frozen=True, slots=True)

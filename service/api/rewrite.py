@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -13,8 +13,10 @@ from service.api.middleware import tenant_of
 from service.api.openapi import json_body
 from service.api.state import Service, service_of
 from service.api.text_schemas import RewriteBody
-from service.diffusion.admission import checked_text
-from service.llm.rewrite import Rewrite
+from service.prompts import checked_text
+
+if TYPE_CHECKING:  # importing it loads torch, and the port answers before that
+    from service.llm.rewrite import Rewrite
 
 router = APIRouter()
 

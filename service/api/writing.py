@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
@@ -19,7 +20,9 @@ from service.bridge import RequestStream
 from service.errors import BusyError, InputError, NotFoundError, invalid, renamed
 from service.events import MAX_SEED, Event
 from service.llm.request import ChoiceEnded, Completed, Delta, LlmRequest, TokenLogprob, Usage
-from service.writer import Writer
+
+if TYPE_CHECKING:  # importing it loads torch, and the port answers before that
+    from service.writer import Writer
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from itertools import pairwise
 
 from models.diffusion.model import ModelCard, SamplerDefaults
@@ -12,10 +11,10 @@ from service.diffusion.degrees import Degrees
 from service.diffusion.request import Draft, ImageRequest
 from service.errors import invalid
 from service.events import MAX_SEED
+from service.prompts import checked_text
 
 Loras = tuple[tuple[str, float], ...]  # (name, scale)
 
-MAX_PROMPT = 2000  # characters
 MAX_PICTURES = 8
 MIN_SIDE = 64  # pixels, for models whose own pictures are no smaller
 MAX_STEPS = 200
@@ -70,18 +69,6 @@ def resolve(
         deadline_s=_deadline(draft.deadline_s),
         patch_degree=_patch_degree(draft.patch_degree, degrees, sampler, loras, (width, height), guidance_scale),
     )
-
-
-def checked_text(field: str, value: str, least: int) -> str:
-    """A prompt without blanks at its ends. Raises InputError."""
-    text = value.strip()
-    if not least <= len(text) <= MAX_PROMPT:
-        raise invalid(field, value, f"{least} to {MAX_PROMPT} characters, blanks at the ends not counted")
-    for character in text:
-        # Cc: control characters; Cs: lone surrogates, which no tokenizer can encode.
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t":
-            raise invalid(field, value, "no control characters other than newline and tab")
-    return text
 
 
 def _integer(field: str, value: int | None, default: int, low: int, high: int) -> int:

@@ -67,6 +67,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"steps": 4}, "steps", "num_inference_steps"),
     ({"cache": "yes"}, "cache", "auto, use, bypass or refresh"),
     ({"cache": True}, "cache", "auto, use, bypass or refresh"),
+    ({"enhance_prompt": "yes"}, "enhance_prompt", "true or false"),
+    ({"patch_degree": 2}, "patch_degree", "this server draws on one GPU"),
 ]
 
 

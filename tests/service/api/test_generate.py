@@ -38,6 +38,7 @@ def test_json_reply_names_every_picture_and_what_it_took(client: httpx.Client) -
         assert entry == {
             "seed": entry["seed"],
             "prompt": "a fox",
+            "revised_prompt": "a fox",
             "steps_run": 2,
             "steps_skipped": 1,
             "evaluations": 4,

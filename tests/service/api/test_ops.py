@@ -33,7 +33,11 @@ def test_health_answers_while_the_model_loads() -> None:
         loading.set()
         while httpx.get(f"{running.url}/health/ready").status_code == 503:
             time.sleep(0.01)
-        assert httpx.get(f"{running.url}/health/ready").json() == {"status": "ready", "model": "fake"}
+        assert httpx.get(f"{running.url}/health/ready").json() == {
+            "status": "ready",
+            "model": "fake",
+            "language_model": None,
+        }
         assert httpx.head(f"{running.url}/health/ready").status_code == 200
 
 
