@@ -33,6 +33,7 @@ PAGE_SIZE = 16  # tokens
 CPU_KV_PAGES = 512
 BATCH_TOKENS = 2048  # of one pass: a longer prompt is read in chunks, between which others get their tokens
 WORKING_SHARE = 0.2  # of a GPU's memory that the process may take: for activations and captured graphs
+DEVICE_PAGE = 2 << 20  # bytes, that a GPU maps at a time
 URGENT = 10  # priority of rewrites: a picture waits for each, and they are short
 
 
@@ -173,13 +174,15 @@ def kv_plan(model: LanguageModel, llm: LlmSettings, memory: DeviceMemory | None,
     longest = -(-config.max_positions // PAGE_SIZE)
     most = llm.kv_pages or (CPU_KV_PAGES if memory is None else llm.max_running * longest)
     pages = min(most, llm.max_running * longest)
+    kind: Literal["paged", "virtual"] = "virtual" if llm.kv_backend == "virtual" else "paged"
+    partial = llm.max_running * DEVICE_PAGE if kind == "virtual" else 0  # the last page of each sequence
     if memory is not None:
         share = llm.gpu_memory_fraction
-        needs = dataclasses.replace(needs, working=needs.working + int(WORKING_SHARE * share * memory.total))
+        working = needs.working + int(WORKING_SHARE * share * memory.total) + partial
+        needs = dataclasses.replace(needs, working=working)
         try:
             pages = split(memory, share, needs, one, min(longest, most), pages).kv_pages
         except ValueError as error:
             raise SetupError(str(error), param="llm.gpu_memory_fraction") from None
-    kind: Literal["paged", "virtual"] = "virtual" if llm.kv_backend == "virtual" else "paged"
     log.info("keys and values: %d pages of %d tokens, %.0f MB, %s", pages, PAGE_SIZE, pages * one / 1e6, kind)
-    return KvPlan(budget_bytes=pages * one, kind=kind, page_size=PAGE_SIZE)
+    return KvPlan(budget_bytes=pages * one + partial, kind=kind, page_size=PAGE_SIZE)

@@ -71,13 +71,13 @@ class Assembly(NamedTuple):
     def figures(self) -> Figures:
         """From any thread; each figure is right, though not all of the same moment."""
         of = self.scheduler
-        pages, free, kept = 0, 0, 0
+        pages, used, kept = 0, 0, 0
         if self.pool is not None:
-            pages, free = self.pool.pages, self.pool.free
-            kept = 0 if self.tree is None else self.tree.evictable
+            pages, used = self.pool.pages, of.pages_used
+            kept = max(0, pages - self.pool.free - used)
         elif self.virtual is not None:
-            pages, free = self.virtual.budget_bytes // self.virtual.page_bytes, self.virtual.pages_available
-        used = max(0, pages - free - kept)  # a page counts twice as kept where two nodes meet in it
+            pages = self.virtual.budget_bytes // self.virtual.page_bytes
+            used = pages - self.virtual.pages_available
         return Figures(of.prompt_tokens, of.cached_tokens, of.generated_tokens, of.preemptions, pages, used, kept)
 
     def forget(self, salt: str) -> int:

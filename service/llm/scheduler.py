@@ -146,6 +146,11 @@ class Scheduler:
         """Sequences in memory."""
         return len(self._running)
 
+    @property
+    def pages_used(self) -> int:
+        """Pages that running sequences hold, shared ones counted once; from any thread."""
+        return len({page for sequence in list(self._running) for page in list(sequence.pages)})
+
     def check(self, request: LlmRequest) -> None:
         """Raise InputError, as `add`, for a request that could never run. From any thread."""
         prompt, answer, longest = len(request.tokens), request.params.max_tokens, self.longest
