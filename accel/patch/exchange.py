@@ -113,8 +113,8 @@ class Exchange:
             raise ValueError(f"slots: {strangers} are unknown here; allowed in a displaced call: {list(self._row_of)}")
         if synchronous:
             self.settle()
-        if missing := len(strangers) - len(self._free):
-            self._grow(missing)
+        if len(strangers) > len(self._free):
+            self._grow(len(strangers) - len(self._free))
         for slot in strangers:
             self._row_of[slot] = self._free.pop()
         self._index(tuple(self._row_of[slot] for slot in slots))

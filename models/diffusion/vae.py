@@ -32,6 +32,11 @@ class LatentDecoder:
         self.channels = int(config.latent_channels)
         self._affine = self._unscale(config)
 
+    @property
+    def network(self) -> Any:
+        """The AutoencoderKL."""
+        return self._vae
+
     def _unscale(self, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(factor, shift) per channel, [1, C, 1, 1] each: what turns the UNet's latents into the decoder's."""
         channels = config.latent_channels
