@@ -12,6 +12,7 @@ from service.errors import HeadstartError, OutOfMemoryError
 log = logging.getLogger(__name__)
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of drivers, the CPU's allocator, cuBLAS
+NO_PRIMITIVE = "could not create a primitive"  # oneDNN's whole message where it found no memory for a kernel
 
 
 def explained(error: Exception, doing: str) -> HeadstartError:
@@ -22,7 +23,8 @@ def explained(error: Exception, doing: str) -> HeadstartError:
     """
     if isinstance(error, HeadstartError):
         return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+    signs = str(error) == NO_PRIMITIVE or any(sign in str(error) for sign in NO_MEMORY)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or signs:
         return OutOfMemoryError(f"out of memory in {doing}")
     if isinstance(error, torch.AcceleratorError):
         raise error

@@ -81,9 +81,9 @@ class Ranks:
         self._chosen = replace(chosen, dtype=str(model.dtype).removeprefix("torch."))
         self._settings = settings
         self._devices = devices_of(str(model.device), settings.gpus)
-        self._threads = max(1, torch.get_num_threads() // (settings.gpus if model.device.type == "cpu" else 1))
-        if model.device.type == "cpu":
-            torch.set_num_threads(self._threads)
+        self._all_threads = torch.get_num_threads()
+        self._threads = max(1, self._all_threads // settings.gpus) if self._devices[0] == "cpu" else self._all_threads
+        torch.set_num_threads(self._threads)
         self._released: list[tuple[Shape, int]] = []  # slots since the last call of a degree above 1
         self._before: torch.cuda.Event | None = None  # when the last call was made
         self._start()
@@ -192,6 +192,7 @@ class Ranks:
     def close(self) -> None:
         """End the followers."""
         self._leave()
+        torch.set_num_threads(self._all_threads)
 
     def _start(self) -> None:
         self._numbers: dict[int, tuple[int, weakref.ref[Condition]]] = {}  # by id: what followers call a condition

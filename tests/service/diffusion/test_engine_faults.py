@@ -110,6 +110,7 @@ def test_a_row_that_does_not_fit_alone_fails_its_request():
     [
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("could not create a primitive"),
         torch.AcceleratorError("CUDA error: out of memory"),
         MemoryError(),
     ],
