@@ -16,8 +16,8 @@ $(READY): requirements.lock pyproject.toml
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --editable .
 	@touch $(READY)
 
-run: $(READY)  ## install, fetch the default model's text tower, serve on 127.0.0.1:8000
-	@$(BIN)/headstart models pull default
+run: $(READY)  ## install, fetch the default model's text tower and the language model, serve on 127.0.0.1:8000
+	@$(BIN)/headstart models pull default smollm2
 	@$(BIN)/headstart serve
 
 test: $(READY)  ## the whole test suite, on the CPU

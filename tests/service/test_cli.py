@@ -75,7 +75,17 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["serve"], ["generate"], ["eval"], ["models"], ["models", "pull"], ["cache"], ["cache", "warm"], ["show"]],
+    [
+        ["serve"],
+        ["generate"],
+        ["rewrite"],
+        ["eval"],
+        ["models"],
+        ["models", "pull"],
+        ["cache"],
+        ["cache", "warm"],
+        ["show"],
+    ],
 )
 def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -100,6 +110,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate"], "PROMPT"),
         (["generate", "a", "--steps", "many"], "--steps: invalid int value: 'many'"),
         (["show"], "FILE"),
+        (["rewrite"], "PROMPT"),
         (["cache", "warm"], "FILE"),
         (["generate", "a", "--cache", "no"], "--cache: invalid choice: 'no'"),
     ],
@@ -217,6 +228,42 @@ def test_the_same_seed_draws_the_same_picture_on_stdout(
     assert capfdbinary.readouterr().out == (tmp_path / "fox.jpg").read_bytes()
 
 
+WRITER = ["--llm-dtype", "float32", "--rewrite-budget-s", "60", "--kv-pages", "64", "--device", "cpu"]
+
+
+def test_a_prompt_is_rewritten_and_drawn(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", str(folder), "--dtype", "float32", *WRITER]
+    assert main(["rewrite", "puppy on yelow", *model, "--quiet"]) == 0
+    assert capsys.readouterr() == ("a puppy on yelow\n", "")
+    assert main(["rewrite", "a red apple", *model, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts.pop("seconds") > 0
+    assert facts == {"prompt": "a red apple", "revised_prompt": "a red apple", "outcome": "unchanged", "reason": ""}
+    fox = tmp_path / "fox.png"
+    arguments = ["--steps", "2", "-o", str(fox), "--seed", "3", "--enhance-prompt", "--json"]
+    assert main(["generate", "puppy on yelow", *arguments, *model]) == 0
+    out, err = capsys.readouterr()
+    drawn = json.loads(out)
+    assert (drawn["prompt"], drawn["revised_prompt"]) == ("puppy on yelow", "a puppy on yelow")
+    assert drawn["rewrite"] == {"outcome": "rewritten", "reason": ""}
+    assert drawn["timings"]["rewrite_s"] > 0
+    assert "rewritten in " in err
+    assert main(["show", str(fox)]) == 0
+    assert capsys.readouterr().out.startswith("Prompt: a puppy on yelow\n")
+
+
+def test_without_a_language_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rewriting alone is an error; a picture is drawn all the same, and the reason told."""
+    elsewhere = ["--cache-dir", str(tmp_path), "--device", "cpu", "--dtype", "float32"]
+    assert main(["rewrite", "a fox", "--model", str(folder), *elsewhere]) == 2
+    assert "run `headstart models pull`" in one_line(capsys)
+    assert main(["rewrite", " ", "--model", str(folder), *elsewhere]) == 2
+    assert one_line(capsys).startswith("headstart: PROMPT: ' ' is not allowed; 1 to 2000 characters")
+    arguments = ["--steps", "2", "-o", str(tmp_path / "fox.png"), "--enhance-prompt"]
+    assert main(["generate", "a fox", *arguments, "--model", str(folder), *elsewhere]) == 0
+    assert "the prompt was kept: no language model is loaded" in capsys.readouterr().err
+
+
 def test_a_disk_that_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert draw(folder, "a", "-o", "/dev/full", "--format", "png") == 2
     assert one_line(capsys) == "headstart: /dev/full: cannot be written: No space left on device"
@@ -273,6 +320,8 @@ def test_models_list_pull_and_verify(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "headstart models pull" in one_line(capsys)
     assert main(["models", "list", "--cache-dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("default  ")
+    assert main(["models", "verify", "smollm2", "default"]) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["smollm2", "default"]
 
 
 @pytest.fixture
@@ -281,7 +330,7 @@ def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "service", "serve", "--model", str(folder), "--device", "cpu", "--port", str(port)]
-    command += ["--cache", "off"]
+    command += ["--cache", "off", "--llm", "off"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         yield process, f"http://127.0.0.1:{port}"
         process.kill()
