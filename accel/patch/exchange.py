@@ -86,6 +86,16 @@ class Exchange:
         """Slots that hold state."""
         return len(self._row_of)
 
+    @property
+    def row_bytes(self) -> int:
+        """What a row of a displaced call sends to each other rank."""
+        return 8 * sum(group.words for group in self._groups) if self._sends else 0
+
+    @property
+    def learns(self) -> bool:
+        """The call at hand is the first, which shows what there is to keep."""
+        return self._keeps and not self._layers
+
     def knows(self, slot: int) -> bool:
         """A displaced call may name this slot."""
         return slot in self._row_of

@@ -39,6 +39,7 @@ KNOWN_CONDITIONS = 128  # at least; followers keep text states of so many, 1 MB 
 STATISTICS = {"stale_gn": "stale", "separate_gn": "separate", "sync_gn": "synchronous"}  # by mode; else corrected
 
 Shape = tuple[int, ...]
+Loras = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,11 @@ class PatchDenoiser:
         self._network.prepare(call, conditions)
         self._denoiser(x.view(call.shape), t, alpha, conditions)
 
+    @property
+    def row_bytes(self) -> int:
+        """What a row of a displaced call sends to each other rank of its team, over all shapes in use."""
+        return sum(exchange.row_bytes for exchange in self._network.exchanges.values())
+
     def _forget(self, shape: Shape, slots: Sequence[int]) -> None:
         if slots:
             self._forgotten.append((shape, tuple(slots)))
@@ -266,9 +272,10 @@ class _Network:
         self._mode = mode
         self._link = install(unet, unet.device, entry="conv_in")
         self._crossing = cross_attentions(unet)
-        self._lora = next((module for module in unet.modules() if hasattr(module, "lora_A")), None)
+        layers = [module for module in unet.modules() if hasattr(module, "lora_A")]
+        self._lora_layers = {name: layer for layer in layers for name in layer.lora_A}  # one for each name
         self._launcher = Launcher(unet, launch, mesh.device)
-        self._exchanges: dict[tuple[bool, Shape, tuple[str, ...]], Exchange] = {}
+        self.exchanges: dict[tuple[bool, Shape, Loras], Exchange] = {}  # by split and (C, h, w)
         self._shares: OrderedDict[tuple[Any, ...], _Share] = OrderedDict()
         self._call: PatchCall | None = None
         self._slots: list[int] = []
@@ -278,12 +285,12 @@ class _Network:
         return self._mode != "full_sync" and self._team(split).place.parts > 1
 
     def knows(self, shape: Shape, slot: int, *, split: bool) -> bool:
-        exchange = self._exchanges.get((split, shape, self._loras()))
+        exchange = self.exchanges.get((split, shape, self._loras()))
         return exchange is not None and exchange.knows(2 * slot)
 
     def forget(self, forgotten: Sequence[tuple[Shape, Sequence[int]]]) -> None:
         for shape, slots in forgotten:
-            for (_, other, _), exchange in self._exchanges.items():
+            for (_, other, _), exchange in self.exchanges.items():
                 if other == shape:
                     exchange.forget([2 * slot + branch for slot in slots for branch in (0, 1)])
 
@@ -307,10 +314,10 @@ class _Network:
         band = slice(None) if place.branch is None else slice(place.branch * half, (place.branch + 1) * half)
         share = self._share(band, arguments)
         exchange = self._exchange(call) if place.parts > 1 else None
-        key: Hashable = None if call.synchronous else call.split
+        key: Hashable = call.split, self._loras()
         if exchange is not None:
             exchange.begin(self._slots[band], synchronous=call.synchronous)
-            key = None if call.synchronous else (exchange, exchange.version)
+            key = None if exchange.learns else (exchange, exchange.version, call.synchronous)
         self._link.statistics = STATISTICS.get(self._mode, "corrected")
         self._link.connect(exchange)
         try:
@@ -344,11 +351,11 @@ class _Network:
     def _exchange(self, call: PatchCall) -> Exchange:
         """The exchange of the call's shape, team and LoRA set, which decides which layers run."""
         key = (call.split, call.shape[1:], self._loras())
-        if key not in self._exchanges:
-            for other in [other for other, exchange in self._exchanges.items() if not len(exchange)]:
-                self._exchanges.pop(other).settle()
-            self._exchanges[key] = Exchange(self._team(call.split), self._mesh.device, self._mode)
-        return self._exchanges[key]
+        if key not in self.exchanges:
+            for other in [other for other, exchange in self.exchanges.items() if not len(exchange)]:
+                self.exchanges.pop(other).settle()
+            self.exchanges[key] = Exchange(self._team(call.split), self._mesh.device, self._mode)
+        return self.exchanges[key]
 
     def _share(self, band: slice, arguments: dict[str, Any]) -> _Share:
         states = arguments["encoder_hidden_states"]
@@ -361,11 +368,13 @@ class _Network:
                 self._shares.popitem(last=False)
         return self._shares[key]
 
-    def _loras(self) -> tuple[str, ...]:
-        """Those that are active."""
-        if self._lora is None or self._lora.disable_adapters:
-            return ()
-        return tuple(self._lora.active_adapters)
+    def _loras(self) -> Loras:
+        """Those that are active, and the scale of each in one of its layers."""
+        return tuple(
+            (name, float(layer.scaling[name]))
+            for name, layer in self._lora_layers.items()
+            if name in layer.active_adapters and not layer.disable_adapters
+        )
 
 
 def _nothing() -> None:

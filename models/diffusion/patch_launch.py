@@ -1,12 +1,13 @@
 """How a patch network's kernels are started: one by one, compiled, or as CUDA graphs.
 
 At a fraction of a picture a rank the GPU is done before the host has launched its work: only a graph keeps it busy. One
-graph is captured for each shape of displaced call. Synchronous calls, a few a picture, are compiled but not captured.
+graph is captured for each shape of call, of synchronous and of displaced ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,13 +59,19 @@ class Launcher:
         return captured(leaves)
 
 
+@cache
+def _pool() -> Any:
+    """Memory of every graph of the process: no two run at once, and a result is read before the next replay."""
+    return torch.cuda.graph_pool_handle()
+
+
 class _Captured:
     def __init__(self, function: Callable[[list[torch.Tensor]], torch.Tensor], leaves: Sequence[torch.Tensor]) -> None:
         self._own = [leaf.clone() for leaf in leaves]
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         # Other threads may call CUDA meanwhile: NCCL's watchdog does.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=_pool(), capture_error_mode="thread_local"):
             self._result = function(self._own)
 
     def __call__(self, leaves: Sequence[torch.Tensor]) -> torch.Tensor:
