@@ -180,6 +180,9 @@ def generate(
 
     runtime = open_runtime(settings, cached=cache != "bypass", writing=enhance)
     request = runtime.resolve(draft, FLAGS)
+    if draft.patch_degree is None:
+        runtime.measure((request.width, request.height))
+        request = runtime.resolve(draft, FLAGS)
     drawn = asyncio.run(_draw(runtime, request, draft, cache, enhance, quiet))
     files = _write(drawn.request, drawn.images, runtime.card.name, output)
     if drawn.rewrite is not None:

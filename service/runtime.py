@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
 import uuid
@@ -100,6 +101,19 @@ class Runtime:
         except InputError as error:
             raise renamed(error, names) from None
 
+    def measure(self, size: tuple[int, int] | None = None) -> None:
+        """Find out how many GPUs are worth sharing pictures of this (width, height), where no setting says it.
+
+        Called before `start`. None: of the model's own size, and of its multiples that are allowed.
+        """
+        if self.ranks is None or self._degrees is None or not self._degrees.automatic:
+            return
+        width, height = self.card.default_size
+        doublings = itertools.count()
+        sizes = [size] if size is not None else ((width << each, height << each) for each in doublings)
+        most = self._limits.max_pixels
+        self._degrees.seconds = self.ranks.measure(itertools.takewhile(lambda one: one[0] * one[1] <= most, sizes))
+
     async def with_cache(self, request: ImageRequest, draft: Draft, mode: str, tenant: str) -> ImageRequest:
         """The request of a draft, told whose it is and what the cache may do for it (see `Latents.intent`)."""
         tenant = self.namespace(tenant)
@@ -163,6 +177,7 @@ def open_warm_runtime(
     For a thread that runs no event loop.
     """
     runtime, engine = _open(settings, cached, writing)
+    runtime.measure()
     runtime.start()
     asyncio.run(runtime.warm_up())
     engine.observer = observer

@@ -25,7 +25,7 @@ class Degrees:
 
     Args:
         default: of requests that ask for none, or less where the picture's size does not allow it; None: the fastest
-            that is worth it.
+            that is worth it, once `seconds` are known.
 
     Raises:
         SetupError: the default needs more GPUs than there are, or a model of another kind.
@@ -46,6 +46,10 @@ class Degrees:
                 patch_plan(model.denoiser(model.card.default_sampler))
             except PatchError as error:
                 raise SetupError(f"ranks.patch_degree: {error}", param="ranks.patch_degree") from None
+
+    @property
+    def automatic(self) -> bool:
+        return self._default is None
 
     def choose(
         self, asked: int | None, sampler: str, loras: Loras, size: tuple[int, int], guidance_scale: float

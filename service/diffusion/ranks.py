@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 SETTLE_S = 5.0  # for steps that were on their way when memory ran out
 START_S = 300.0  # for ranks to find each other
-MEASURE_S = 20.0  # no larger size is measured after so long
+MEASURE_S = 20.0  # for all sizes, of which the next takes up to 16 times as long as the one before
 PROBE_SLOT = -1  # of the pictures that are measured with
 
 
@@ -156,8 +156,12 @@ class Ranks:
             self._before.record(torch.cuda.current_stream(self._model.device))
         return self._call(order, pack(x, t, alpha), conditions, learned)
 
-    def measure(self, max_pixels: int) -> dict[int, dict[int, float]]:
-        """Seconds of a step of one picture, by latent cells and then by degree, for sizes up to `max_pixels`."""
+    def measure(self, sizes: Iterable[tuple[int, int]]) -> dict[int, dict[int, float]]:
+        """Seconds of a step of one picture, by latent cells and then by degree.
+
+        Args:
+            sizes: (width, height) in pixels, ascending; of those after the first as many as MEASURE_S allows.
+        """
         card = self._model.card
         defaults = card.samplers[card.default_sampler]
         try:
@@ -166,8 +170,9 @@ class Ranks:
             return {}
         begun = time.monotonic()
         seconds: dict[int, dict[int, float]] = {}
-        width, height = card.default_size
-        while width * height <= max_pixels and time.monotonic() - begun < MEASURE_S:
+        for width, height in sizes:
+            if 16 * (time.monotonic() - begun) > MEASURE_S:
+                break
             self._model.use_loras(())
             with torch.inference_mode():
                 size = (width, height)
@@ -176,7 +181,6 @@ class Ranks:
             x = torch.randn(1, card.latent_channels, rows, columns).to(self._model.device)
             degrees = fitting(plan, self.gpus, rows, guided=condition.negative is not None)
             seconds[rows * columns] = {degree: self._seconds(degree, x, condition) for degree in degrees}
-            width, height = 2 * width, 2 * height
         for cells, row in seconds.items():
             shown = ", ".join(f"{degree}: {1e3 * each:.1f} ms" for degree, each in row.items())
             log.info("a step of a picture of %d latent cells by patch degree: %s", cells, shown)
@@ -377,12 +381,8 @@ def open_ranks(model: DiffusionModel, settings: Settings) -> tuple[Ranks, Degree
     if chosen.patch_launch == "graph" and model.device.type != "cuda":
         message = "ranks.patch_launch: graph is not allowed; eager or compile: there are no graphs on the CPU"
         raise SetupError(message, param="ranks.patch_launch")
-    automatic = chosen.patch_degree == "auto"
-    degrees = Degrees(model, chosen.gpus, None if automatic else int(chosen.patch_degree))
-    ranks = Ranks(model, settings.model, chosen)
-    if automatic:
-        degrees.seconds = ranks.measure(settings.engine.max_pixels)
-    return ranks, degrees
+    degrees = Degrees(model, chosen.gpus, None if chosen.patch_degree == "auto" else int(chosen.patch_degree))
+    return Ranks(model, settings.model, chosen), degrees
 
 
 def get_ready(chosen: ModelSettings, settings: RankSettings) -> None:
