@@ -1,8 +1,8 @@
 """One picture on several GPUs against our best on one GPU, in one run: a process for each GPU.
 
 Without --fidelity: a network with random weights, whose speed does not depend on what they say. For each size of
-picture, one GPU (compiled, channels last, prompts' keys and values cached, launched as CUDA graphs), then each degree with
-displaced patches, fully synchronous, and without communication, which is the bound that displaced patches can reach.
+picture, one GPU (compiled, channels last, prompts' keys and values cached, launched as CUDA graphs), then each degree
+with displaced patches, fully synchronous, and without communication, which is the bound for displaced patches.
 
     step            milliseconds of a displaced step (of a synchronous one in full_sync)
     run             milliseconds a step of a whole run, its synchronous warm-up included
@@ -13,9 +13,9 @@ displaced patches, fully synchronous, and without communication, which is the bo
     python bench/patch.py --gpus 4 [--degrees 2 4] [--sizes 1024 2048 3840] [--steps 50] [--launch graph] [--stock]
     python bench/patch.py --gpus 4 --device cpu --spec headstart-v2 --sizes 256 --steps 6 --launch eager
 
-With --fidelity FOLDER: a bundle's pictures at each degree and mode against one GPU's, in PSNR; --save keeps them.
+With --fidelity MODEL, a name or a folder: its pictures at each degree and mode against one GPU's, in PSNR.
 
-    python bench/patch.py --gpus 4 --fidelity models/bundles/headstart-v1 --sizes 256 512 [--save out.npz]
+    python bench/patch.py --gpus 4 --fidelity default --sizes 256 512 [--save out.npz]
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +47,7 @@ from models.diffusion.model import Condition
 from models.diffusion.patch_denoiser import WARM_UP, PatchDenoiser
 from models.diffusion.patch_vae import PatchDecoder
 from models.specs import random_model
+from service.config import ModelSettings
 
 TIMEOUT = timedelta(minutes=30)  # ranks wait while one compiles
 PROMPTS = [
@@ -264,7 +264,7 @@ def _decoding(rank: Rank, model: LoadedModel, shape: tuple[int, int, int]) -> li
 def fidelity(rank: Rank) -> None:
     """PSNR of pictures against those of one GPU."""
     args = rank.args
-    model = load_model(args.fidelity, dtype=args.dtype, device=str(rank.device), cache_dir=Path(args.fidelity))
+    model = load_model(args.fidelity, dtype=args.dtype, device=str(rank.device), cache_dir=ModelSettings().cache_dir)
     kept: dict[str, np.ndarray] = {}
     for size in args.sizes:
         _fidelity_at(rank, model, size, kept)
@@ -347,7 +347,7 @@ def main() -> None:
     parser.add_argument("--launch", choices=["eager", "compile", "graph"], default="graph" if cuda else "eager")
     parser.add_argument("--stock", action="store_true", help="also diffusers' UNet under torch.compile")
     parser.add_argument("--decode", action="store_true", help="also the VAE's decoder")
-    parser.add_argument("--fidelity", metavar="FOLDER")
+    parser.add_argument("--fidelity", metavar="MODEL")
     parser.add_argument("--modes", nargs="+", default=["full_sync", "displaced", "no_sync"])
     parser.add_argument("--pictures", type=int, default=len(PROMPTS))
     parser.add_argument("--guidance", type=float)
