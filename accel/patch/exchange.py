@@ -25,6 +25,8 @@ MODES = ("displaced", "full_sync", "stale_gn", "separate_gn", "sync_gn", "no_syn
 GROUP_BYTES = 4 << 20  # of one rank: an all-gather of this size takes the time of three of the smallest
 _ALIGNED_WORDS = 2  # 16 bytes, so that any dtype may be read in place
 
+_numbers = itertools.count()
+
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
@@ -80,7 +82,8 @@ class Exchange:
         self._rows = torch.empty(0, dtype=torch.int64)  # [R], of this call
         self._gathered = torch.empty(0, dtype=torch.int64, device=device)
         self._synchronous = True
-        self.version = 0  # of the buffers' addresses: a CUDA graph captured at another must not be replayed
+        self._whole = False  # this call's rows are all that are held, in their order
+        self._version = next(_numbers)  # of the buffers' addresses, unlike any other exchange's
 
     def __len__(self) -> int:
         """Slots that hold state."""
@@ -90,6 +93,11 @@ class Exchange:
     def row_bytes(self) -> int:
         """What a row of a displaced call sends to each other rank."""
         return 8 * sum(group.words for group in self._groups) if self._sends else 0
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """All that a call depends on besides the contents of buffers: a CUDA graph is replayed only at its own."""
+        return self._version, self._whole, self._synchronous
 
     @property
     def learns(self) -> bool:
@@ -165,7 +173,7 @@ class Exchange:
                 self._learned.append((number, fresh[:1], every))
             else:
                 part = layer.group.known[:, :, layer.offset : layer.offset + layer.words]
-                part.index_copy_(0, self._rows, every)
+                _put(part, None if self._whole else self._rows, every)
         elements = math.prod(fresh.shape[1:])
         return every.view(fresh.dtype)[..., :elements].contiguous().view(rows, parts, *fresh.shape[1:])
 
@@ -174,8 +182,10 @@ class Exchange:
         self._arrive(group)
         columns = slice(layer.offset, layer.offset + layer.words)
         rows, elements = len(fresh), math.prod(layer.shape)
-        known = group.known[:, :, columns].index_select(0, self._rows).view(layer.dtype)[..., :elements]
-        known = known.contiguous().view(rows, self.place.parts, *layer.shape)
+        part = group.known[:, :, columns]
+        # A copy in either case: what is on its way next is put over the original.
+        known = part.clone(memory_format=torch.contiguous_format) if self._whole else part.index_select(0, self._rows)
+        known = known.view(layer.dtype)[..., :elements].contiguous().view(rows, self.place.parts, *layer.shape)
         if own:
             known[:, self.place.part].copy_(fresh)
         if self._sends:
@@ -187,7 +197,7 @@ class Exchange:
 
     def _send(self, group: _Group, rows: int) -> None:
         """Send a group's words; nothing waits for them before `arrive`."""
-        parts, sent, indices = self.place.parts, group.sent[:rows], self._rows
+        parts, sent, indices = self.place.parts, group.sent[:rows], None if self._whole else self._rows
         stream = self._team.stream
         if stream is None:
             gathered = sent.new_empty(parts, *sent.shape)
@@ -198,7 +208,7 @@ class Exchange:
 
             def arrive() -> None:
                 work.wait()
-                group.known.index_copy_(0, indices, gathered.transpose(0, 1))
+                _put(group.known, indices, gathered.transpose(0, 1))
 
             group.arrive = arrive
             return
@@ -206,7 +216,7 @@ class Exchange:
         with torch.cuda.stream(stream):
             gathered = self._gathered[: parts * sent.numel()].view(parts, *sent.shape)
             dist.all_gather_into_tensor(gathered.view(-1), sent.view(-1), group=self._team.background)
-            group.known.index_copy_(0, indices, gathered.transpose(0, 1))
+            _put(group.known, indices, gathered.transpose(0, 1))
             arrived = stream.record_event()
         group.arrive = lambda: torch.cuda.current_stream().wait_event(arrived)
 
@@ -234,7 +244,7 @@ class Exchange:
             group.known.index_copy_(0, self._rows, torch.cat(parts, dim=2))
             self._groups.append(group)
         self._make_room(len(self._rows))
-        self.version += 1
+        self._version = next(_numbers)
 
     @property
     def _held(self) -> int:
@@ -248,7 +258,7 @@ class Exchange:
         for group in self._groups:
             group.known = torch.cat([group.known, group.known.new_zeros(more, *group.known.shape[1:])])
         self._free.extend(reversed(range(held, held + more)))
-        self.version += 1
+        self._version = next(_numbers)
 
     def _index(self, rows: tuple[int, ...]) -> None:
         """Point at the rows of this call. The tensor for each count stays where it is, for CUDA graphs."""
@@ -262,6 +272,7 @@ class Exchange:
             index.copy_(host, non_blocking=True)
         self._indices[len(rows)] = rows, index
         self._rows = index
+        self._whole = rows == tuple(range(self._held))
         self._make_room(len(rows))
 
     def _make_room(self, rows: int) -> None:
@@ -273,7 +284,15 @@ class Exchange:
             most = max(group.words for group in self._groups)
             if self._team.stream is not None:
                 self._gathered = torch.empty(self.place.parts * rows * most, dtype=torch.int64, device=self._device)
-            self.version += 1
+            self._version = next(_numbers)
+
+
+def _put(known: torch.Tensor, rows: torch.Tensor | None, every: torch.Tensor) -> None:
+    """Into these rows of what is known; None: into all. A plain copy takes a fraction of the time."""
+    if rows is None:
+        known.copy_(every)
+    else:
+        known.index_copy_(0, rows, every)
 
 
 def _words(fresh: torch.Tensor) -> torch.Tensor:
@@ -324,7 +343,6 @@ class Link:
         return self.exchange.swap(layer, fresh, own=own, waited=waited)
 
 
-_numbers = itertools.count()
 _links: WeakValueDictionary[int, Link] = WeakValueDictionary()
 
 

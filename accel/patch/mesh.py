@@ -142,4 +142,5 @@ def _group(ranks: Sequence[int], timeout: timedelta | None) -> dist.ProcessGroup
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+    """Its few blocks go first wherever the computation leaves room, or they would wait for whole kernels to end."""
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None

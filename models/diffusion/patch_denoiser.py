@@ -317,7 +317,7 @@ class _Network:
         key: Hashable = call.split, self._loras()
         if exchange is not None:
             exchange.begin(self._slots[band], synchronous=call.synchronous)
-            key = None if exchange.learns else (exchange, exchange.version, call.synchronous)
+            key = None if exchange.learns else exchange.state
         self._link.statistics = STATISTICS.get(self._mode, "corrected")
         self._link.connect(exchange)
         try:
