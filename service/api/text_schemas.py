@@ -43,7 +43,7 @@ def _text_or_tokens(value: Any) -> Any:
 
 class MessageBody(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined)]
+    content: Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[dict[str, str]])]
     name: str | None = None
 
     def turn(self) -> dict[str, str]:
@@ -72,7 +72,7 @@ class TextBody(Body):
     presence_penalty: Annotated[float | None, Field(ge=0, le=0, description="0; see repetition_penalty")] = None
     stop: Annotated[
         list[str] | None,
-        BeforeValidator(_listed),
+        BeforeValidator(_listed, json_schema_input_type=str | list[str]),
         Field(max_length=MAX_STOPS, description=f"text, or a list of at most {MAX_STOPS} texts"),
     ] = None
     seed: Annotated[

@@ -356,6 +356,17 @@ def test_metrics_and_health_tell_of_texts_and_never_name_one(served: Writing) ->
     assert ready == {"status": "ready", "model": "fake", "language_model": "tiny"}
 
 
+def test_openapi_describes_the_bodies(served: Writing) -> None:
+    paths = httpx.get(f"{served.url}/openapi.json").json()["paths"]
+    schemas = {
+        path: paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        for path in ("/v1/chat/completions", "/v1/completions", "/rewrite")
+    }
+    assert [schema["required"] for schema in schemas.values()] == [["messages"], ["prompt"], ["prompt"]]
+    assert "$ref" not in str(schemas)
+    assert "developer" in str(schemas["/v1/chat/completions"])
+
+
 def test_tenants_share_no_prefixes_and_forget_only_their_own(model: LanguageModel) -> None:
     def cached(key: str) -> int:
         body = CHAT | {"messages": [{"role": "user", "content": "one and the same long question " * 2}]}

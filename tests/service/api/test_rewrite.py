@@ -6,6 +6,7 @@ import base64
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import openai
 import pytest
 import torch
 
+from models.llm.loading import load_llm
 from service.config import CacheSettings, EngineSettings, LlmSettings, ModelSettings, ServerSettings, Settings
 from service.pictures import read_recipe
 from service.runtime import open_warm_runtime
 from tests.service.api.test_chat import Gate
 from tests.service.cached import KEYS, bundle, client_of, until_kept
+from tests.service.llm.tiny import llama
 from tests.service.serving import listening, serving, until
 from tests.service.texts import tiny_writer, writing
 
@@ -182,6 +185,35 @@ def test_a_caption_that_comes_too_late_is_not_waited_for(tmp_path: Path) -> None
     assert reply["timings"]["rewrite_s"] == pytest.approx(0.2, abs=0.15)
 
 
+def test_a_shutdown_lets_a_prompt_be_rewritten_and_drawn(tmp_path: Path) -> None:
+    model = tiny_writer(tmp_path, max_position_embeddings=2048)
+    settings = LlmSettings(rewrite_budget_s=20)
+    with writing(model, settings, shutdown_grace_s=20.0) as running, ThreadPoolExecutor(1) as pool:
+        gate = Gate(running.writer)
+        body = {"prompt": "a fox", "enhance_prompt": True}
+        drawing = pool.submit(httpx.post, f"{running.url}/generate", json=body, timeout=30)
+        until(lambda: gate.passes == 1)
+        running.server.should_exit = True
+        until(lambda: running.service.draining)
+        gate.open.set()
+        reply = drawing.result()
+    assert reply.status_code == 200
+    assert reply.json()["data"][0]["rewrite"]["outcome"] == "guarded"  # what a random model writes is no caption
+
+
+def test_a_model_that_cannot_chat_completes_and_rewrites_nothing(tmp_path: Path) -> None:
+    model = load_llm(str(llama(tmp_path)), dtype="float32", device="cpu", cache_dir=tmp_path)
+    with writing(model) as running:
+        chat = httpx.post(f"{running.url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]})
+        completion = httpx.post(f"{running.url}/v1/completions", json={"prompt": "a"})
+        rewritten = httpx.post(f"{running.url}/rewrite", json={"prompt": "a fox"}).json()
+    assert (chat.status_code, chat.json()["error"]["param"]) == (422, "messages")
+    assert "no chat template" in chat.json()["error"]["message"]
+    assert completion.status_code == 200
+    assert (rewritten["revised_prompt"], rewritten["rewrite"]["outcome"]) == ("a fox", "failed")
+    assert "no chat template" in rewritten["rewrite"]["reason"]
+
+
 def test_a_rewriter_with_a_full_queue_keeps_prompts(tmp_path: Path) -> None:
     model = tiny_writer(tmp_path, max_position_embeddings=2048)
     with writing(model, LlmSettings(max_waiting=0)) as running:
@@ -195,7 +227,8 @@ def test_a_rewriter_with_a_full_queue_keeps_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "param"), [({"prompt": ""}, "prompt"), ({"prompt": "a" * 2001}, "prompt"), ({"prompt": "a", "text": "b"}, "text")]
+    ("body", "param"),
+    [({"prompt": ""}, "prompt"), ({"prompt": "a" * 2001}, "prompt"), ({"prompt": "a", "text": "b"}, "text")],
 )
 def test_what_is_no_prompt_is_refused(ada: httpx.Client, body: dict[str, str], param: str) -> None:
     reply = ada.post("/rewrite", json=body)
