@@ -11,9 +11,10 @@ from multiprocessing.connection import Connection
 import torch
 from torch._C._distributed_c10d import TCPStore
 
+from models.diffusion.loaded import LoadedModel
 from models.diffusion.loading import load_model
-from models.diffusion.model import Condition, DiffusionModel
-from service.diffusion.orders import Answer, Evaluate, Load, Meet, Order, blank
+from models.diffusion.model import Condition
+from service.diffusion.orders import Answer, Decode, Evaluate, Load, Meet, Order, blank
 from service.diffusion.shares import BrokenError, Seat
 from service.errors import OutOfMemoryError
 from service.faults import explained
@@ -61,7 +62,7 @@ class Follower:
     ) -> None:
         self._orders, self._leaders, self._members = orders, leaders, members
         self._conditions: dict[int, Condition] = {}
-        self._model: DiffusionModel
+        self._model: LoadedModel
         self._seat: Seat
 
     @torch.inference_mode()
@@ -78,6 +79,9 @@ class Follower:
                     self._orders.send(Answer())
                 case Evaluate():
                     self._evaluate(order)
+                case Decode(degree):
+                    self._seat.decode(degree, torch.empty(0))
+                    self._orders.send(Answer())
 
     def _load(self, order: Load) -> Answer:
         chosen = order.model

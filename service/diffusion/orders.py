@@ -1,9 +1,10 @@
 """What rank 0 tells its followers and what they answer, pickled through pipes between the processes of one service.
 
-    Load -> Answer, Meet -> Answer, then Evaluate -> Answer for each network call; the end of the pipe ends a follower.
+    Load -> Answer, Meet -> Answer, then Evaluate -> Answer for each network call, and Decode -> Answer for pictures
+    that ranks share; the end of the pipe ends a follower.
 
-A network call runs in teams of `degree` ranks, whose first rank leads. After an Evaluate of a degree above 1 a leader
-sends the others of its team the PatchCalls of that call, and None after the last.
+A network call runs in teams of `degree` ranks, whose first rank leads. After an Evaluate of a degree above 1, or a
+Decode, a leader sends the others of its team the PatchCalls or DecodeCalls that it makes, and None after the last.
 """
 
 from __future__ import annotations
@@ -90,6 +91,12 @@ class Evaluate(NamedTuple):
         return len(self.shares) == 1
 
 
+class Decode(NamedTuple):
+    """Pictures become pixels on the first `degree` ranks."""
+
+    degree: int
+
+
 class Answer(NamedTuple):
     """fault: what went wrong with the order, None: nothing. no_memory: it was memory that ran out.
 
@@ -101,7 +108,7 @@ class Answer(NamedTuple):
     conditions: int = 0
 
 
-Order = Load | Meet | Evaluate
+Order = Load | Meet | Evaluate | Decode
 
 
 def degrees_of(gpus: int) -> tuple[int, ...]:

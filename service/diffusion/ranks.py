@@ -12,7 +12,7 @@ import itertools
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -21,13 +21,14 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from models.diffusion.dtype import resolve_device
-from models.diffusion.model import Condition, DiffusionModel
+from models.diffusion.loaded import LoadedModel
+from models.diffusion.model import Condition
 from models.diffusion.patch import patch_plan
 from models.errors import PatchError
 from service.config import ModelSettings, RankSettings, Settings
 from service.diffusion.crew import Crew, prepare
 from service.diffusion.degrees import Degrees, fitting
-from service.diffusion.orders import Answer, Evaluate, Lesson, Load, Loras, Meet, Network, Shape, lesson
+from service.diffusion.orders import Answer, Decode, Evaluate, Lesson, Load, Loras, Meet, Network, Shape, lesson
 from service.diffusion.scheduler import Slots
 from service.diffusion.shares import BrokenError, Seat, pack, share
 from service.errors import HeadstartError, OutOfMemoryError, SetupError, UnavailableError
@@ -72,7 +73,7 @@ class Ranks:
         SetupError: a rank cannot load the model or join.
     """
 
-    def __init__(self, model: DiffusionModel, chosen: ModelSettings, settings: RankSettings) -> None:
+    def __init__(self, model: LoadedModel, chosen: ModelSettings, settings: RankSettings) -> None:
         self.gpus = settings.gpus
         self.restarts = 0
         self.held = 0  # the most conditions that a follower held at the last call of all ranks
@@ -152,9 +153,21 @@ class Ranks:
         learned: list[Condition] = []
         if not order.alone:
             order, learned = self._teach(order, conditions)
-        if self._before is not None:
-            self._before.record(torch.cuda.current_stream(self._model.device))
+        self._mark()
         return self._call(order, pack(x, t, alpha), conditions, learned)
+
+    @torch.inference_mode()
+    def decode(self, degree: int, latents: torch.Tensor) -> torch.Tensor:
+        """`DiffusionModel.decode` on several ranks, of latents whose rows they can share. Raises as `evaluate`."""
+        if self.lost is not None:
+            raise self.lost
+        self._mark()
+        ranks = range(1, degree)
+        self._crew.tell(dict.fromkeys(ranks, Decode(degree)))
+        with self._together():
+            pixels, error = self._seat.decode(degree, latents)
+            answers = self._crew.answers(ranks)
+        return self._result(pixels, error, answers)
 
     def measure(self, sizes: Iterable[tuple[int, int]]) -> dict[int, dict[int, float]]:
         """Seconds of a step of one picture, by latent cells and then by degree.
@@ -234,6 +247,11 @@ class Ranks:
             crew.failed(reason)
             raise SetupError(f"ranks.gpus: the {self.gpus} ranks cannot be started: {reason}") from error
 
+    def _mark(self) -> None:
+        """All that the device has been given so far is before the call that comes."""
+        if self._before is not None:
+            self._before.record(torch.cuda.current_stream(self._model.device))
+
     def _shares(
         self, degree: int, shape: Shape, slots: Sequence[int], ran: Sequence[int], weights: Sequence[int]
     ) -> tuple[tuple[int, ...], ...]:
@@ -286,28 +304,38 @@ class Ranks:
     ) -> torch.Tensor:
         ranks = range(1, order.degree if order.alone else self.gpus)
         self._crew.tell(dict.fromkeys(ranks, order))
-        try:
+        with self._together():
             self._seat.spread(learned)
             part, error = self._seat.evaluate(order, packed, conditions)
             answers = self._crew.answers(ranks)
             denoised = part if order.alone else self._seat.gather(order, part)
+        if not order.alone:
+            self.held = max(answer.conditions for answer in answers)
+        return self._result(denoised, error, answers)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around what other ranks take part in: if it fails, the group is lost. Raises UnavailableError."""
+        try:
+            yield
         except UnavailableError:
             raise
         except BrokenError as broken:
-            reason = explained(broken.cause, "a denoising step")
+            reason = explained(broken.cause, "a step of several ranks")
             no_memory = isinstance(reason, OutOfMemoryError)
             raise self._crew.failed(f"rank 0: {reason.message}", no_memory=no_memory) from None
         except Exception as fault:
             raise self._crew.failed(f"rank 0: {type(fault).__name__}") from fault
-        if not order.alone:
-            self.held = max(answer.conditions for answer in answers)
+
+    def _result(self, result: torch.Tensor | None, error: Exception | None, answers: Sequence[Answer]) -> torch.Tensor:
+        """What has come of a call, or why nothing has."""
         if error is not None:
             raise error
         _check(answers)
         if self.lost is not None:  # what has come may be what was there before
             raise self.lost
-        assert denoised is not None
-        return denoised
+        assert result is not None
+        return result
 
     def _seconds(self, degree: int, x: torch.Tensor, condition: Condition) -> float:
         """Of a step of one picture, once its warm-up is over: the best of three."""
@@ -367,7 +395,7 @@ def devices_of(name: str, gpus: int) -> list[str]:
     return [f"cuda:{index}" for index in range(first, first + gpus)]
 
 
-def open_ranks(model: DiffusionModel, settings: Settings) -> tuple[Ranks, Degrees] | tuple[None, None]:
+def open_ranks(model: LoadedModel, settings: Settings) -> tuple[Ranks, Degrees] | tuple[None, None]:
     """The ranks that the settings ask for and how many of them may share a picture; nothing for a single GPU.
 
     Raises SetupError.

@@ -213,8 +213,12 @@ class Runner:
 
     def decode(self, pictures: Sequence[Picture]) -> list[np.ndarray | HeadstartError]:
         """Final pictures, [H, W, 3] uint8 each, or why there is none. One shape."""
-        x, _, finite = self._latents.tensors(pictures[0].bucket.shape)
-        return self._render(pictures, x, finite, self._model.decode)
+        bucket = pictures[0].bucket
+        x, _, finite = self._latents.tensors(bucket.shape)
+        draw = self._model.decode
+        if self._ranks is not None and bucket.degree > 1 and bucket.shape[1] % bucket.degree == 0:
+            draw = partial(self._ranks.decode, bucket.degree)
+        return self._render(pictures, x, finite, draw)
 
     def wait(self) -> None:
         """Until the device has run every tick it was given."""
@@ -241,7 +245,7 @@ class Runner:
                 array if flag else NonFiniteError(f"the latents of picture {picture.index} are not finite")
                 for picture, array, flag in zip(pictures, arrays, flags, strict=True)
             ]
-        if isinstance(reason, OutOfMemoryError) and len(pictures) > 1:
+        if isinstance(reason, OutOfMemoryError) and len(pictures) > 1 and self._works_on():
             self._free_memory()
             half = len(pictures) // 2
             return [

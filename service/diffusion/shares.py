@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +20,10 @@ from torch._C._distributed_c10d import Store
 
 from accel.patch.mesh import Mesh, make_mesh
 from models.diffusion.denoiser import TextDenoiser
-from models.diffusion.model import Condition, DiffusionModel
+from models.diffusion.loaded import LoadedModel
+from models.diffusion.model import Condition
 from models.diffusion.patch_denoiser import PatchCall, PatchDenoiser
+from models.diffusion.patch_vae import DecodeCall, PatchDecoder
 from service.diffusion.orders import Evaluate, Meet, Network, Shape, degrees_of, tensors_of
 
 
@@ -63,7 +67,7 @@ class Seat:
 
     def __init__(
         self,
-        model: DiffusionModel,
+        model: LoadedModel,
         meet: Meet,
         store: Store,
         leaders: Mapping[int, Connection],
@@ -74,6 +78,7 @@ class Seat:
         self._leaders, self._members = leaders, members
         self._launch = meet.launch
         self._patches: dict[tuple[Network, int], PatchDenoiser] = {}
+        self._decoders: dict[int, PatchDecoder] = {}
         self._listeners: list[Connection] = []  # the others of the team that this rank leads now
         self._told = False  # they are in a collective call
         on_gpu = model.device.type == "cuda"
@@ -123,7 +128,8 @@ class Seat:
             return None, None
         self._release(order.released)
         if place:
-            self._follow(order, team * order.degree)
+            self._model.use_loras(order.loras)
+            self._follow(team * order.degree, lambda call: self._patch(order).follow(call))
             return None, None
         rows = list(order.shares[team])
         team_conditions = [conditions[row] for row in rows]
@@ -155,6 +161,22 @@ class Seat:
             whole[list(rows)] = received[team * order.degree][: len(rows)]
         return whole
 
+    def decode(self, degree: int, latents: torch.Tensor) -> tuple[torch.Tensor | None, Exception | None]:
+        """[B, C, h, w] float32 latents to [B, H, W, 3] uint8 pictures on rank 0, by the first `degree` ranks.
+
+        Called on these; followers' latents are not read. Returns and raises as `evaluate`.
+        """
+        if self._rank != 0:
+            self._follow(0, lambda call: self._decoder(degree).follow(call))
+            return None, None
+        try:
+            with self._leading(degree):
+                return self._decoder(degree)(latents), None
+        except BrokenError:
+            raise
+        except Exception as error:
+            return None, error
+
     def _lead(
         self,
         order: Evaluate,
@@ -164,11 +186,17 @@ class Seat:
         alpha: torch.Tensor,
         conditions: Sequence[Condition],
     ) -> torch.Tensor:
-        self._listeners = [self._members[self._rank + place] for place in range(1, order.degree)]
+        slots, ran = [order.slots[row] for row in rows], [order.ran[row] for row in rows]
+        with self._leading(order.degree):
+            return self._patch(order)(x, t, alpha, conditions, slots=slots, ran=ran)
+
+    @contextmanager
+    def _leading(self, degree: int) -> Iterator[None]:
+        """Around collective calls of the team that this rank leads; the others of it are in `_follow`."""
+        self._listeners = [self._members[self._rank + place] for place in range(1, degree)]
         self._told = False
         try:
-            slots, ran = [order.slots[row] for row in rows], [order.ran[row] for row in rows]
-            return self._patch(order)(x, t, alpha, conditions, slots=slots, ran=ran)
+            yield
         except Exception as error:
             if self._told:
                 raise BrokenError(error) from error
@@ -177,18 +205,23 @@ class Seat:
             for listener in self._listeners:
                 listener.send(None)
 
-    def _tell(self, call: PatchCall) -> None:
+    def _tell(self, call: PatchCall | DecodeCall) -> None:
         self._told = True
         for listener in self._listeners:
             listener.send(call)
 
-    def _follow(self, order: Evaluate, leader: int) -> None:
+    def _follow(self, leader: int, act: Callable[[Any], None]) -> None:
         try:
-            self._model.use_loras(order.loras)
             while (call := self._leaders[leader].recv()) is not None:
-                self._patch(order).follow(call)
+                act(call)
         except Exception as error:
             raise BrokenError(error) from error
+
+    def _decoder(self, degree: int) -> PatchDecoder:
+        if degree not in self._decoders:
+            mesh = self._meshes[degree]
+            self._decoders[degree] = PatchDecoder(self._model.decoder, mesh, self._tell if mesh.leads else None)
+        return self._decoders[degree]
 
     def _patch(self, order: Evaluate) -> PatchDenoiser:
         """The split form of the order's denoiser, made when it is first called for."""
