@@ -5,6 +5,7 @@ Each returns its outputs by name; the parent knows the inputs too, and computes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,9 @@ def attention(norm_groups: int | None = 2) -> Any:
     return Attention(query_dim=8, heads=2, dim_head=4, norm_num_groups=norm_groups, residual_connection=True)
 
 
+PAYLOADS = [(torch.bfloat16, (5,)), (torch.float32, (3, 1)), (torch.uint8, (2, 3)), (torch.float16, (8,))]
+
+
 class Network(nn.Module):
     """All kinds of layers in a row, with a pointwise one between them, as a compiler sees them."""
 
@@ -82,7 +86,8 @@ def run(rank: int) -> dict[str, Any]:
     mesh = make_mesh((0, 1, 2, 3), device=CPU)
     assert mesh is not None
     with torch.inference_mode():
-        return _convs(mesh) | _norms(mesh) | _attention(mesh) | _slots(mesh) | _compiled(mesh) | _refusals()
+        found = _convs(mesh) | _norms(mesh) | _attention(mesh) | _slots(mesh) | _payloads(mesh) | _compiled(mesh)
+        return found | _refusals()
 
 
 def _link(mesh: Mesh, mode: str = "displaced", **options: Any) -> Link:
@@ -152,6 +157,25 @@ def _slots(mesh: Mesh) -> dict[str, Any]:
     found.append(_call(link, layer, 10, [5], synchronous=True))
     found.append(_call(link, layer, 11, [7, 5], synchronous=False))
     return {"slots": found, "known": known, "held": len(link.exchange)}
+
+
+def payload(layer: int, part: int, step: int) -> torch.Tensor:
+    """What a layer gives in `_payloads`, [2, ...], in sizes that fill no whole words."""
+    dtype, shape = PAYLOADS[layer]
+    return (torch.arange(2 * math.prod(shape)).view(2, *shape) + 10 * part + 50 * step + layer).to(dtype)
+
+
+def _payloads(mesh: Mesh) -> dict[str, Any]:
+    """Bare swaps of two rows at three steps; the third is synchronous again. Layers: [(stale, own fresh), ...]."""
+    exchange = Exchange(mesh.rows, CPU, group_bytes=24)
+    found = []
+    for step, synchronous in enumerate((True, False, True, False)):
+        exchange.begin([4, 2], synchronous=synchronous)
+        given = [payload(layer, mesh.rank, step) for layer in range(len(PAYLOADS))]
+        found.append([exchange.swap(layer, fresh, own=layer == 1, waited=False) for layer, fresh in enumerate(given)])
+        exchange.finish()
+    exchange.settle()
+    return {"payloads": found, "row_bytes": exchange.row_bytes}
 
 
 def _compiled(mesh: Mesh) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 from accel.patch.conv import PatchConv2d
 from accel.patch.exchange import MODES, Exchange
 from accel.patch.mesh import Place, Team
-from tests.accel.patch.layering import CONVS, CPU, GROUPS, PARTS, attention, batch, conv, norm, run
+from tests.accel.patch.layering import CONVS, CPU, GROUPS, PARTS, attention, batch, conv, norm, payload, run
 from tests.accel.patch.ranks import run_ranks
 
 BAND = 16 // PARTS
@@ -119,6 +119,19 @@ def test_every_slot_has_its_own_past(ranks: list[dict[str, Any]]) -> None:
             for row, (slot, seen) in enumerate(past.items()):
                 x = seen_by(part, batch(step, [slot]), batch(seen, [slot]))
                 torch.testing.assert_close(got[row], rows_of(part, layer(x))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_payloads_of_any_size_and_dtype(ranks: list[dict[str, Any]]) -> None:
+    """Displaced swaps give what all gave at the step before, but this part's own fresh where that is asked for."""
+    for part, found in enumerate(ranks):
+        for step, layers in enumerate(found["payloads"]):
+            for layer, got in enumerate(layers):
+                seen = [step - step % 2] * PARTS  # even steps are synchronous
+                if layer == 1:
+                    seen[part] = step
+                wanted = torch.stack([payload(layer, other, seen[other]) for other in range(PARTS)], dim=1)
+                assert torch.equal(got, wanted), (part, step, layer)
+        assert found["row_bytes"] == 4 * 16  # each payload fills one aligned pair of words
 
 
 def test_compiled_as_one_graph(ranks: list[dict[str, Any]]) -> None:
