@@ -71,10 +71,17 @@ class Group:
         return PatchDenoiser(model.denoiser(sampler, model.loras.active), self.mesh, tell, **options)
 
 
-def draw(network: Callable[..., torch.Tensor], plan: Plan, jobs: Sequence[Job], **known: bool) -> list[torch.Tensor]:
+def draw(
+    network: Callable[..., torch.Tensor],
+    plan: Plan,
+    jobs: Sequence[Job],
+    *,
+    shape: tuple[int, int, int] = SHAPE,
+    known: bool = False,
+) -> list[torch.Tensor]:
     """The jobs' latents, all that are in progress at a tick in one batch; `known`: the network is told the slots."""
-    latents = [gaussian(torch.tensor([job.seed]), job.first - 1, SHAPE)[0] for job in jobs]
-    before = [torch.zeros(SHAPE)] * len(jobs)
+    latents = [gaussian(torch.tensor([job.seed]), job.first - 1, shape)[0] for job in jobs]
+    before = [torch.zeros(shape)] * len(jobs)
     for tick in range(max(job.begins for job in jobs) + len(plan)):
         rows = [job.first + tick - job.begins for job in jobs]
         mine = [i for i, (job, row) in enumerate(zip(jobs, rows, strict=True)) if job.first <= row < len(plan)]
@@ -87,7 +94,7 @@ def draw(network: Callable[..., torch.Tensor], plan: Plan, jobs: Sequence[Job], 
         with torch.no_grad():
             denoised = network(x, t, alpha, [jobs[i].condition for i in mine], **told)
         for i, step, estimate in zip(mine, steps, denoised.clone(), strict=True):
-            noise = gaussian(torch.tensor([jobs[i].seed]), rows[i], SHAPE)[0]
+            noise = gaussian(torch.tensor([jobs[i].seed]), rows[i], shape)[0]
             latents[i] = step.a * latents[i] + step.b * estimate + step.c * before[i] + step.s * noise
             before[i] = estimate
     return latents
