@@ -20,8 +20,9 @@ from models.llm.loading import DEFAULT, LanguageModel, load_llm
 from models.rewriter.template import Message
 from service.bridge import Bridge
 from service.config import LlmSettings, ModelSettings, Settings
-from service.errors import CancelledError, SetupError, invalid
+from service.errors import CancelledError, OutOfMemoryError, SetupError, invalid
 from service.events import Cancelled, Failed
+from service.faults import explained
 from service.llm.assembly import Assembly, Figures, KvPlan, assemble
 from service.llm.engine import Observer
 from service.llm.request import Delta, LlmRequest, SamplingParams
@@ -162,7 +163,12 @@ def open_writer(
         with around():
             assembly = assemble(model, policy, plan)
     except (ValueError, VirtualMemoryError) as error:
-        raise SetupError(f"keys and values of {llm.model}: {error}; --kv-pages sets how many", param="llm") from None
+        raise SetupError(f"keys and values: {error}; --kv-pages sets how many", param="llm.kv_pages") from None
+    except (RuntimeError, MemoryError) as error:
+        reason = explained(error, f"reserving {plan.budget_bytes / 1e9:.1f} GB for keys and values")
+        if not isinstance(reason, OutOfMemoryError):
+            raise
+        raise SetupError(f"{reason.message}; --kv-pages sets how many", param="llm.kv_pages") from None
     bridge = Bridge(assembly.engine, llm, noun="answers", thread="llm", around=around)
     return Writer(model, assembly, bridge)
 

@@ -163,6 +163,17 @@ def test_keys_and_values_on_a_gpu_are_what_the_others_leave(model: LanguageModel
     assert kv_plan(model, replace(settings, max_running=2), memory, small).budget_bytes == 2 * 8 * one
 
 
+def test_memory_that_there_is_not_is_told_with_the_setting(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*ignored: object, **also_ignored: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 12 bytes")
+
+    monkeypatch.setattr("service.llm.assembly.PagedKV", refuse)
+    with pytest.raises(SetupError, match=r"out of memory in reserving 0.0 GB for keys and values; --kv-pages"):
+        open_writer(model, LlmSettings())
+
+
 @pytest.mark.parametrize(
     ("enabled", "model", "expected"),
     [("auto", "default", False), ("on", "default", True), ("off", "default", False), ("auto", "./mine", True)],
