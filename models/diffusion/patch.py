@@ -52,7 +52,8 @@ class PatchPlan:
 
     def row_multiple(self, degree: int, *, guided: bool) -> int:
         """Pictures of a multiple of so many rows can be drawn by so many ranks."""
-        return self.parts(degree, guided=guided) << self.halvings if degree > 1 else 1
+        parts = self.parts(degree, guided=guided)
+        return parts << self.halvings if parts > 1 else 1
 
     def degrees(self, rows: int, most: int, *, guided: bool) -> tuple[int, ...]:
         """All degrees up to `most` that pictures of so many rows can be drawn at."""

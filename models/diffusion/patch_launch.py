@@ -6,6 +6,7 @@ graph is captured for each shape of call, of synchronous and of displaced ones.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any
@@ -34,7 +35,7 @@ class Launcher:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
             self.network = torch.compile(network, dynamic=False)
         self._captures = how == "graph"
-        self._graphs: dict[Hashable, _Captured | None] = {}  # None: called once
+        self._graphs: OrderedDict[Hashable, _Captured | None] = OrderedDict()  # None: called once
 
     def __call__(
         self, key: Hashable | None, function: Callable[..., torch.Tensor], settle: Callable[[], None], *inputs: Any
@@ -51,10 +52,11 @@ class Launcher:
             self._graphs[key] = None
             return function(*inputs)
         captured = self._graphs[key]
+        self._graphs.move_to_end(key)
         settle()  # a graph does not wait for anything outside of it
         if captured is None:
             while len(self._graphs) > CAPTURED_CALLS:
-                del self._graphs[next(iter(self._graphs))]
+                self._graphs.popitem(last=False)
             captured = self._graphs[key] = _Captured(lambda own: function(*tree_unflatten(own, spec)), leaves)
         return captured(leaves)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -10,10 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accel.patch.conv import PatchConv2d, PatchInputConv2d
+from accel.patch.mesh import Mesh
 from accel.patch.norm import PatchGroupNorm
 from models.diffusion.loaded import LoadedModel
 from models.diffusion.loading import load_model
 from models.diffusion.patch import PatchPlan, cross_attentions, install, patch_plan
+from models.diffusion.patch_denoiser import PatchDenoiser
+from models.diffusion.patch_launch import Launcher
+from models.diffusion.patch_vae import PatchDecoder
+from models.diffusion.vae import PixelDecoder
 from models.errors import PatchError
 from tests import tiny
 
@@ -47,10 +53,23 @@ def test_degrees_are_those_that_pass(halvings: int, rows: int, most: int, guided
     for degree in range(1, most + 1):
         if degree in degrees:
             plan.check(degree, rows, guided=guided)
-            assert degree == 1 or rows % (plan.parts(degree, guided=guided) * 2**halvings) == 0
+            parts = plan.parts(degree, guided=guided)
+            assert parts == 1 or rows % (parts * 2**halvings) == 0
         else:
             with pytest.raises(PatchError):
                 plan.check(degree, rows, guided=guided)
+
+
+def test_options_that_cannot_be(model: LoadedModel) -> None:
+    denoiser, mesh = model.denoiser("ddim"), cast(Mesh, None)
+    with pytest.raises(ValueError, match="warm_up: 0; allowed: at least 1"):
+        PatchDenoiser(denoiser, mesh, None, warm_up=0)
+    with pytest.raises(ValueError, match="mode: 'fast'; allowed: displaced, full_sync"):
+        PatchDenoiser(denoiser, mesh, None, mode="fast")
+    with pytest.raises(ValueError, match="launch: 'graph'; allowed on cpu: eager, compile"):
+        Launcher(denoiser.network, "graph", CPU)
+    with pytest.raises(PatchError, match="a PixelDecoder has no patch plan"):
+        PatchDecoder(PixelDecoder(), mesh, None)
 
 
 def test_kinds_without_a_plan(tmp_path: Path, model: LoadedModel) -> None:
