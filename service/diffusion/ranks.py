@@ -245,6 +245,7 @@ class Ranks:
         except Exception as error:
             reason = error.message if isinstance(error, HeadstartError) else f"{type(error).__name__}: {error}"
             crew.failed(reason)
+            self._leave()
             raise SetupError(f"ranks.gpus: the {self.gpus} ranks cannot be started: {reason}") from error
 
     def _mark(self) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from accel.patch.mesh import Mesh, make_mesh
-from models.diffusion.denoiser import TextDenoiser
+from models.diffusion.denoiser import TextDenoiser, to_device
 from models.diffusion.loaded import LoadedModel
 from models.diffusion.model import Condition
 from models.diffusion.patch_denoiser import PatchCall, PatchDenoiser
@@ -124,7 +124,7 @@ class Seat:
         if not order.alone:
             dist.broadcast(packed, 0)
         team, place = divmod(self._rank, order.degree)
-        if team >= len(order.shares):
+        if team >= len(order.shares) or not order.shares[team]:
             return None, None
         self._release(order.released)
         if place:
@@ -135,7 +135,7 @@ class Seat:
         team_conditions = [conditions[row] for row in rows]
         try:
             self._model.use_loras(order.loras)
-            mine = packed[rows]
+            mine = packed if order.alone else packed.index_select(0, self._index(rows))
             x = mine[:, :-2].reshape(len(rows), *order.shape)
             t, alpha = mine[:, -2], mine[:, -1]
             if order.degree > 1:
@@ -156,10 +156,9 @@ class Seat:
             return None
         received = [torch.empty_like(sent) for _ in range(self._gpus)]
         dist.gather(sent, received)
-        whole = sent.new_empty(order.rows, *order.shape)
-        for team, rows in enumerate(order.shares):
-            whole[list(rows)] = received[team * order.degree][: len(rows)]
-        return whole
+        parts = [received[team * order.degree][: len(rows)] for team, rows in enumerate(order.shares)]
+        rows = self._index([row for rows in order.shares for row in rows])
+        return sent.new_empty(order.rows, *order.shape).index_copy_(0, rows, torch.cat(parts))
 
     def decode(self, degree: int, latents: torch.Tensor) -> tuple[torch.Tensor | None, Exception | None]:
         """[B, C, h, w] float32 latents to [B, H, W, 3] uint8 pictures on rank 0, by the first `degree` ranks.
@@ -216,6 +215,9 @@ class Seat:
                 act(call)
         except Exception as error:
             raise BrokenError(error) from error
+
+    def _index(self, rows: Sequence[int]) -> torch.Tensor:
+        return to_device(torch.tensor(rows), self._model.device)
 
     def _decoder(self, degree: int) -> PatchDecoder:
         if degree not in self._decoders:

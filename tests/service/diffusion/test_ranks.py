@@ -26,7 +26,7 @@ from service.diffusion.engine import DiffusionEngine
 from service.diffusion.ranks import Ranks, get_ready, open_ranks
 from service.diffusion.request import CacheIntent, Draft, Image, ImageRequest
 from service.diffusion.shares import share
-from service.diffusion.starts import Start
+from service.diffusion.starts import Start, Starts
 from service.errors import OutOfMemoryError, SetupError
 from service.events import Event, Failed
 from tests import tiny
@@ -125,12 +125,21 @@ def largest_difference(ones: dict[tuple[str, int], np.ndarray], others: dict[tup
     return max(int(np.abs(one - others[name]).max()) for name, one in ones.items())
 
 
-def draw(model: DiffusionModel, requests: Sequence[ImageRequest], ranks: Ranks | None, **more: object) -> list[Event]:
-    engine = DiffusionEngine(model, EngineSettings(), ranks=ranks, **more)  # type: ignore[arg-type]
+def draw(
+    model: DiffusionModel,
+    requests: Sequence[ImageRequest],
+    ranks: Ranks | None,
+    *,
+    apart: bool = True,
+    starts: Starts | None = None,
+) -> list[Event]:
+    """`apart`: two steps lie between requests, so that they are at different rows."""
+    engine = DiffusionEngine(model, EngineSettings(), ranks=ranks, starts=starts)
     events: list[Event] = []
-    for each in requests:  # two steps apart, so that they are at different rows
+    for each in requests:
         engine.add(each)
-        events += [*engine.step(), *engine.step()]
+        if apart:
+            events += [*engine.step(), *engine.step()]
     return events + drain(engine)
 
 
@@ -161,16 +170,18 @@ def test_requests_at_different_rows_are_drawn_as_by_one_rank(
     assert largest_difference(pictures(draw(model, requests, ranks)), pictures(draw(model, requests, None))) <= 1
 
 
-@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize(
+    ("degree", "n", "steps"), [(2, 3, (WARM_UP, WARM_UP)), (4, 3, (2, WARM_UP)), (2, 1, (1, WARM_UP))]
+)
 def test_shared_pictures_in_their_warm_up_are_those_of_one_rank(
-    ranks: Ranks, group: tuple[Ranks, Degrees], model: DiffusionModel, degree: int
+    ranks: Ranks, group: tuple[Ranks, Degrees], model: DiffusionModel, degree: int, n: int, steps: tuple[int, int]
 ) -> None:
-    """Of degree 2 there are two teams; the pictures of each stay with it."""
+    """Of degree 2 there are two teams; pictures stay with theirs, also when the other has none left."""
     requests = [
-        request(model, group[1], str(index), patch_degree=degree, num_inference_steps=WARM_UP, n=3, height=128)
-        for index in range(2)
+        request(model, group[1], str(index), patch_degree=degree, num_inference_steps=count, n=n, height=128)
+        for index, count in enumerate(steps)
     ]
-    events = draw(model, requests, ranks)
+    events = draw(model, requests, ranks, apart=False)
     assert largest_difference(pictures(events), pictures(draw(model, requests, None))) <= 1
     assert {event.timings.patch_degree for event in events if hasattr(event, "timings")} == {degree}
 
