@@ -409,7 +409,7 @@ OPTIONS = (
         "kv_pages",
         "--kv-pages",
         _integer(1, 1 << 24),
-        "pages of 16 tokens; default: on a GPU what the fraction leaves, on a CPU 512",
+        "pages of 16 tokens; default: on a GPU what the fraction leaves, on a CPU 256",
         "N",
     ),
     Option("llm", "max_running", "--llm-max-running", _integer(1, 1024), "answers being written at once", "N"),

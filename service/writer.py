@@ -31,7 +31,7 @@ from service.llm.scheduler import Policy
 log = logging.getLogger(__name__)
 
 PAGE_SIZE = 16  # tokens
-CPU_KV_PAGES = 512
+CPU_KV_PAGES = 256
 BATCH_TOKENS = 2048  # of one pass: a longer prompt is read in chunks, between which others get their tokens
 WORKING_SHARE = 0.2  # of a GPU's memory that the process may take: for activations and captured graphs
 DEVICE_PAGE = 2 << 20  # bytes, that a GPU maps at a time
