@@ -340,6 +340,22 @@ def test_a_deadline_fails_a_request(served: Writing) -> None:
     assert (reply.status_code, reply.json()["error"]["param"]) == (504, "deadline_s")
 
 
+def test_a_failure_midway_is_told_in_the_stream(served: Writing, stock: openai.OpenAI) -> None:
+    gate = Gate(served.writer)
+    try:
+        threading.Timer(0.3, gate.open.set).start()
+        messages: Any = CHAT["messages"]
+        extra = {"deadline_s": 0.1}
+        with (
+            stock.chat.completions.create(model="tiny", messages=messages, stream=True, extra_body=extra) as pieces,
+            pytest.raises(openai.APIError) as caught,
+        ):
+            list(pieces)
+    finally:
+        served.writer.observe(served.service.metrics)
+    assert caught.value.code == "deadline_exceeded"
+
+
 def test_metrics_and_health_tell_of_texts_and_never_name_one(served: Writing) -> None:
     told(served, CHAT | {"messages": [{"role": "user", "content": "a very private fox"}], "max_tokens": 3})
     text = httpx.get(f"{served.url}/metrics").text
