@@ -16,7 +16,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = timedelta(seconds=60)
-PRELOAD = ["tests.accel.patch.ranks", "diffusers.models.unets.unet_2d_condition"]
+PRELOAD = [
+    "tests.accel.patch.ranks",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "transformers.models.clip.modeling_clip",
+    "peft.tuners.lora",
+    "torch._dynamo",
+]
 
 
 def run_ranks(function: Callable[..., Any], world: int, folder: Path, *arguments: Any) -> list[Any]:

@@ -179,6 +179,7 @@ def _batches(found: dict[str, Any], group: Group, model: LoadedModel) -> None:
         Job(3, conditions[1], slot=0, begins=5),
     ]
     for split in (True, False):
+        jobs = jobs if split else [jobs[0], jobs[2]._replace(begins=1)]
         patch = group.denoiser(model, warm_up=2, split_guidance=split)
         together = group.lead(patch, lambda patch=patch: draw(patch, plan, jobs, known=True))
         calls = [(call.split, call.synchronous, call.slots) for call in group.told if call is not None]
@@ -198,7 +199,7 @@ def _loras(found: dict[str, Any], group: Group, model: LoadedModel) -> None:
     jobs, wanted, plans = {}, {}, {}
     for loras in ((("lcm-lora", 1.0),), ()):
         model.use_loras(loras)
-        plans[loras] = _plan(model, "ddim")
+        plans[loras] = _plan(model, "ddim", 5)
         jobs[loras] = [Job(7, _conditions(model, "ddim", [3.0])[0], slot=0)]
         wanted[loras] = draw(model.denoiser("ddim"), plans[loras], jobs[loras])
     found["lora acts"] = distance(*wanted.values())

@@ -59,7 +59,7 @@ def test_calls_of_a_batch(found: dict[str, Any]) -> None:
     }
     assert {slot for split, _, slots in found["calls True"] if split for slot in slots} == {0, 3}
     assert not any(split for split, _, _ in found["calls False"])
-    assert (False, False, (1, 0)) in found["calls False"], "guided and unguided rows run together where all share rows"
+    assert (False, False, (0, 1)) in found["calls False"], "guided and unguided rows run together where all share rows"
 
 
 def test_loras_of_convolutions(found: dict[str, Any]) -> None:
