@@ -1,5 +1,7 @@
 """One flat parameter vector per network: one all-reduce, one clip and one fused AdamW call a step.
 
+With `muon`, matrices and convolutions inside the network take Muon's steps instead, at the same rate.
+
 The float32 master holds the truth; the network computes with a low-precision working copy, whose tensors are views
 of one buffer (convolution weights laid out channels-last), and its gradients accumulate into views of another.
 """
@@ -11,12 +13,17 @@ import torch
 from torch import nn
 
 from models.training.distributed import Ranks
+from models.training.muon import Muon
 
 _ALIGN = 64  # elements; keeps every view aligned for vector loads
 
 
 class FlatOptimizer:
-    """AdamW with gradient clipping and an exponential moving average over a network's flattened parameters."""
+    """AdamW with gradient clipping and an exponential moving average over a network's flattened parameters.
+
+    Args:
+        muon: Muon for all weights of two or more dimensions but the first and last convolution's, which see pictures.
+    """
 
     def __init__(
         self,
@@ -26,6 +33,7 @@ class FlatOptimizer:
         betas: tuple[float, float] = (0.9, 0.99),
         decay: float = 0.0,
         average: float,
+        muon: bool = False,
     ) -> None:
         self.ranks = ranks
         self.average = average
@@ -53,6 +61,16 @@ class FlatOptimizer:
         self._adam = torch.optim.AdamW(
             [self._flat], lr=0.0, betas=betas, weight_decay=decay, eps=1e-8, fused=ranks.cuda or None
         )
+        self._muon = Muon(self.master, self._matrices(network), ranks.dtype) if muon else None
+
+    def _matrices(self, network: nn.Module) -> list[tuple[int, int, int]]:
+        """Offset, rows and columns of each weight that is Muon's."""
+        named = zip(network.named_parameters(), self._offsets, strict=True)
+        return [
+            (offset, len(parameter), parameter.numel() // len(parameter))
+            for (name, parameter), offset in named
+            if parameter.dim() >= 2 and not name.startswith(("conv_in.", "conv_out."))
+        ]
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """`flat` as tensors of the network's shapes, in the order of its parameters."""
@@ -73,6 +91,8 @@ class FlatOptimizer:
         norm: torch.Tensor = gradient.norm()
         scale = torch.where(norm.isfinite(), (clip / (norm + 1e-6)).clamp(max=1.0), 0.0)
         self._flat.grad = torch.nan_to_num_(gradient.mul_(scale), 0.0, 0.0, 0.0)
+        if self._muon is not None:
+            self._muon.step(self.master, self._flat.grad, rate)
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
         self._work.copy_(self.master)
@@ -114,11 +134,14 @@ class FlatOptimizer:
         torch._foreach_copy_([p.data for p in network.parameters()], self.views(flat))
 
     def state(self) -> dict[str, Any]:
-        return {"master": self.master, "ema": self.ema, "adam": self._adam.state_dict(), "iterations": self.iterations}
+        state = {"master": self.master, "ema": self.ema, "adam": self._adam.state_dict(), "iterations": self.iterations}
+        return state if self._muon is None else state | {"momentum": self._muon.momentum}
 
     def load(self, state: dict[str, Any]) -> None:
         self.master.copy_(state["master"])
         self.ema.copy_(state["ema"])
         self._work.copy_(self.master)
         self._adam.load_state_dict(state["adam"])
+        if self._muon is not None:
+            self._muon.momentum.copy_(state["momentum"])
         self.iterations = state["iterations"]

@@ -73,7 +73,7 @@ FULL = Preset(
     # Eight groups rather than 32: a group then spans 16 channels, one memory sector in channels-last layout.
     unet_groups=8,
     unet_batch=512,
-    teacher_rate=7e-4,
+    teacher_rate=1.5e-3,
     warm_up=300,
     guidance_width=256,
     student_rate=3e-4,

@@ -50,7 +50,7 @@ def make_steps(
     """The teacher, its optimiser, and its compiled forward-and-backward on usual and on large pictures."""
     torch.manual_seed(preset.seed + 5)
     unet = build_unet(preset, text_width, guided=False).to(ranks.device)
-    optimizer = FlatOptimizer(unet, ranks, decay=0.01, average=0.999)
+    optimizer = FlatOptimizer(unet, ranks, decay=0.01, average=0.999, muon=True)
     loss = TeacherLoss(unet, ranks.dtype)
     usual, large = (
         Compiled(loss, name, ranks, backward=True, clear=optimizer.clear) for name in ("teacher", "large teacher")
