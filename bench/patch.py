@@ -45,6 +45,7 @@ from models.diffusion.loaded import LoadedModel
 from models.diffusion.loading import load_model
 from models.diffusion.model import Condition
 from models.diffusion.patch_denoiser import WARM_UP, PatchDenoiser
+from models.diffusion.patch_launch import LAUNCHES
 from models.diffusion.patch_vae import PatchDecoder
 from models.specs import random_model
 from service.config import ModelSettings
@@ -161,7 +162,8 @@ def _speed_at(rank: Rank, model: LoadedModel, size: int) -> None:
     side = size // model.card.scale
     shape = (model.card.latent_channels, side, side)
     with torch.inference_mode():
-        condition = model.encode([(PROMPTS[0], "")], [5.0], "ddim", (size, size))[0]
+        scale = 5.0 if args.guidance is None else args.guidance
+        condition = model.encode([(PROMPTS[0], "")], [scale], "ddim", (size, size))[0]
         clock = Clock(rank, condition, shape)
         rows: list[list[str]] = []
         if args.stock:
@@ -206,7 +208,7 @@ def _speed_at(rank: Rank, model: LoadedModel, size: int) -> None:
         if args.decode:
             rows += _decoding(rank, model, shape)
     if rank.rank == 0:
-        print(f"\n{size}x{size}, {args.steps} steps, guidance on")
+        print(f"\n{size}x{size}, {args.steps} steps, guidance {scale:g}")
         print_table(["GPUs", "step", "run", "speed-up", "exposed", "memory", "sent", "off"], rows)
 
 
@@ -344,13 +346,13 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 3840])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--spec", default="sdxl")
-    parser.add_argument("--launch", choices=["eager", "compile", "graph"], default="graph" if cuda else "eager")
+    parser.add_argument("--launch", choices=LAUNCHES, default="graph" if cuda else "eager")
     parser.add_argument("--stock", action="store_true", help="also diffusers' UNet under torch.compile")
     parser.add_argument("--decode", action="store_true", help="also the VAE's decoder")
     parser.add_argument("--fidelity", metavar="MODEL")
     parser.add_argument("--modes", nargs="+", default=["full_sync", "displaced", "no_sync"])
     parser.add_argument("--pictures", type=int, default=len(PROMPTS))
-    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--guidance", type=float, help="1: none, so that rows alone are shared out")
     parser.add_argument("--warm-up", type=int, default=WARM_UP)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--save", metavar="FILE.npz")

@@ -36,7 +36,7 @@ class PatchGroupNorm(nn.GroupNorm):
         scale = torch.rsqrt(variance + self.eps)[:, :, None] * self.weight.float().view(self.num_groups, -1)
         shift = self.bias.float().view(self.num_groups, -1) - mean[:, :, None] * scale
         shape = (len(input), -1, *[1] * (input.ndim - 2))
-        return (input.float() * scale.view(shape) + shift.view(shape)).to(input.dtype)
+        return torch.addcmul(shift.view(shape), input, scale.view(shape)).to(input.dtype)
 
     def _whole(self, mean: torch.Tensor, variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance of the whole picture, [R, G] each, from this part's."""

@@ -1,7 +1,8 @@
 """How a patch network's kernels are started: one by one, compiled, or as CUDA graphs.
 
 At a fraction of a picture a rank the GPU is done before the host has launched its work: only a graph keeps it busy. One
-graph is captured for each shape of call, of synchronous and of displaced ones.
+graph is captured for each shape of call, of synchronous and of displaced ones. Capturing takes a second, compiling the
+network minutes for every shape, and only what is compiled fuses what lies between its matrix products.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-LAUNCHES = ("eager", "compile", "graph")
+LAUNCHES = ("eager", "compile", "capture", "graph")  # capture: graphs of the network as it is; graph: compiled first
 COMPILED_SHAPES = 64  # dynamo's own limit of 8 is met by a few sizes of picture and of batch
 CAPTURED_CALLS = 8  # graphs kept; each holds the activations of a call
 
@@ -27,14 +28,14 @@ class Launcher:
     """
 
     def __init__(self, network: Any, how: str, device: torch.device) -> None:
-        if how not in LAUNCHES or (how == "graph" and device.type != "cuda"):
+        if how not in LAUNCHES or (how in LAUNCHES[2:] and device.type != "cuda"):
             allowed = LAUNCHES if device.type == "cuda" else LAUNCHES[:2]
             raise ValueError(f"launch: {how!r}; allowed on {device.type}: {', '.join(allowed)}")
         self.network = network
-        if how != "eager":
+        if how in ("compile", "graph"):
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
             self.network = torch.compile(network, dynamic=False)
-        self._captures = how == "graph"
+        self._captures = how in LAUNCHES[2:]
         self._graphs: OrderedDict[Hashable, _Captured | None] = OrderedDict()  # None: called once
 
     def __call__(
