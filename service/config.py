@@ -62,7 +62,7 @@ class RankSettings:
     patch_degree: str = "auto"  # GPUs that share one picture where its request does not say; auto: by measured times
     patch_warm_up: int = 4  # rows of such a picture that run in step, before GPUs use what the others had a row ago
     patch_launch: str = "eager"  # eager | compile | graph
-    timeout_s: float = 60.0  # a GPU's process that is silent for so long, or a step that takes longer, is lost
+    timeout_s: float = 60.0  # a GPU's process that is silent for so long is lost, and so is a step that takes longer
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,8 @@ class Crew:
     """Followers 1 to `gpus` - 1, started and watched until they are lost or closed.
 
     Args:
-        timeout_s: a follower that is silent for so long has died, and so has a `watched` block that takes longer.
+        timeout_s: a follower that is silent for so long has died.
+        step_s: a `watched` block that takes longer hangs.
         settle: waits until what other ranks have finished is there; called before followers without memory are ended.
         abort: unblocks this process from collective calls on its device; called when the followers are ended.
         on_lost: called, from the watching thread or the caller's, when the group is lost.
@@ -73,13 +74,14 @@ class Crew:
         self,
         gpus: int,
         timeout_s: float,
+        step_s: float,
         *,
         settle: Callable[[], None],
         abort: Callable[[], None],
         on_lost: Callable[[], None],
     ) -> None:
         self.lost: UnavailableError | None = None
-        self._timeout_s = timeout_s
+        self._timeout_s, self._step_s = timeout_s, step_s
         self._settle, self._abort, self._on_lost = settle, abort, on_lost
         self._lock = threading.Lock()
         self._closing = False
@@ -164,8 +166,8 @@ class Crew:
                 elif now - heard[pulse] > self._timeout_s:
                     self._lose(f"rank {rank} has not been heard of for {self._timeout_s:g} s")
             since = self._since
-            if since is not None and now - since > self._timeout_s:
-                self._lose(f"a step took more than {self._timeout_s:g} s")
+            if since is not None and now - since > self._step_s:
+                self._lose(f"a step took more than {self._step_s:g} s")
 
     def _listen(self, pulse: Connection, rank: int) -> None:
         try:

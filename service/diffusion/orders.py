@@ -66,7 +66,7 @@ class Evaluate(NamedTuple):
         else the lessons' tensors and then the batch are broadcast to all ranks, and the results gathered.
     slots, ran: of each row, where degree is above 1: its latent slot, and the rows that the picture has run.
     conditions: the number of each row's condition; none where there is one team.
-    forget: numbers that no later order names. released: slots whose pictures have ended.
+    forget: numbers that no later order names. released: slots whose pictures have ended, with the team that had them.
     """
 
     network: Network
@@ -79,7 +79,7 @@ class Evaluate(NamedTuple):
     conditions: tuple[int, ...] = ()
     lessons: tuple[Lesson, ...] = ()
     forget: tuple[int, ...] = ()
-    released: tuple[tuple[Shape, int], ...] = ()
+    released: tuple[tuple[int, int], ...] = ()  # (team, slot), of the order's shape and degree
 
     @property
     def rows(self) -> int:

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 SETTLE_S = 5.0  # for steps that were on their way when memory ran out
 START_S = 300.0  # for ranks to find each other
 MEASURE_S = 20.0  # for all sizes, of which the next takes up to 16 times as long as the one before
+COMPILING = 10  # times as long may a step take where networks are compiled in it
 PROBE_SLOT = -1  # of the pictures that are measured with
 
 
@@ -79,13 +80,13 @@ class Ranks:
         self.held = 0  # the most conditions that a follower held at the last call of all ranks
         self.on_lost: Callable[[], None] = lambda: None  # called from any thread
         self._model = model
-        self._chosen = replace(chosen, dtype=str(model.dtype).removeprefix("torch."))
+        self._chosen = replace(chosen, revision=model.card.revision, dtype=str(model.dtype).removeprefix("torch."))
         self._settings = settings
+        self._step_s = settings.timeout_s * (1 if settings.patch_launch == "eager" else COMPILING)
         self._devices = devices_of(str(model.device), settings.gpus)
         self._all_threads = torch.get_num_threads()
         self._threads = max(1, self._all_threads // settings.gpus) if self._devices[0] == "cpu" else self._all_threads
         torch.set_num_threads(self._threads)
-        self._released: list[tuple[Shape, int]] = []  # slots since the last call of a degree above 1
         self._before: torch.cuda.Event | None = None  # when the last call was made
         self._start()
 
@@ -104,13 +105,14 @@ class Ranks:
         return self._crew.pids
 
     def watched(self) -> contextlib.AbstractContextManager[None]:
-        """Around work that may wait for other ranks: if it takes longer than `timeout_s`, the group is lost."""
+        """Around work that may wait for other ranks: if that takes too long, the group is lost."""
         return self._crew.watched()
 
     def release(self, shape: Shape, slot: int) -> None:
         """A picture has given back its slot."""
-        if self._teams.pop((shape, slot), None) is not None:
-            self._released.append((shape, slot))
+        team = self._teams.pop((shape, slot), None)
+        if team is not None:
+            self._released.setdefault((shape, *team), []).append(slot)
 
     @torch.inference_mode()
     def evaluate(
@@ -142,11 +144,12 @@ class Ranks:
         if self.lost is not None:
             raise self.lost
         shape: Shape = (x.shape[1], x.shape[2], x.shape[3])
-        shares = self._shares(degree, shape, slots, ran, [condition.evaluations for condition in conditions])
+        shares = self._shares(degree, shape, slots, [condition.evaluations for condition in conditions])
         order = Evaluate(network, loras, shape, degree, shares)
         if degree > 1:
-            released, self._released = tuple(self._released), []
-            order = order._replace(slots=tuple(slots), ran=tuple(ran), released=released)
+            active = [team for team, rows in enumerate(shares) if rows]
+            released = [(team, slot) for team in active for slot in self._released.pop((shape, degree, team), ())]
+            order = order._replace(slots=tuple(slots), ran=tuple(ran), released=tuple(released))
         elif order.alone:
             denoised: torch.Tensor = self._model.denoiser(*network)(x, t, alpha, conditions)
             return denoised
@@ -173,7 +176,8 @@ class Ranks:
         """Seconds of a step of one picture, by latent cells and then by degree.
 
         Args:
-            sizes: (width, height) in pixels, ascending; of those after the first as many as MEASURE_S allows.
+            sizes: (width, height) in pixels, ascending; of those after the first as many as MEASURE_S and the memory
+                allow.
         """
         card = self._model.card
         defaults = card.samplers[card.default_sampler]
@@ -193,7 +197,14 @@ class Ranks:
             rows, columns = height // card.scale, width // card.scale
             x = torch.randn(1, card.latent_channels, rows, columns).to(self._model.device)
             degrees = fitting(plan, self.gpus, rows, guided=condition.negative is not None)
-            seconds[rows * columns] = {degree: self._seconds(degree, x, condition) for degree in degrees}
+            try:
+                seconds[rows * columns] = {degree: self._seconds(degree, x, condition) for degree in degrees}
+            except Exception as error:
+                if not isinstance(explained(error, "measuring a step"), OutOfMemoryError):
+                    raise
+                if self.lost is not None:
+                    self.restart()
+                break
         for cells, row in seconds.items():
             shown = ", ".join(f"{degree}: {1e3 * each:.1f} ms" for degree, each in row.items())
             log.info("a step of a picture of %d latent cells by patch degree: %s", cells, shown)
@@ -215,13 +226,14 @@ class Ranks:
         self._numbers: dict[int, tuple[int, weakref.ref[Condition]]] = {}  # by id: what followers call a condition
         self._forgotten: list[int] = []
         self._next_number = itertools.count()
-        self._teams: dict[tuple[Shape, int], int] = {}  # of the pictures that several ranks share
-        self._released = []
+        self._teams: dict[tuple[Shape, int], tuple[int, int]] = {}  # (degree, team) of the pictures that ranks share
+        self._released: dict[tuple[Shape, int, int], list[int]] = {}  # slots that teams have not been told of
         self._intact = False
         self._before = torch.cuda.Event() if self._model.device.type == "cuda" else None
         crew = self._crew = Crew(
             self.gpus,
             self._settings.timeout_s,
+            self._step_s,
             settle=self._settle,
             abort=self._abort,
             on_lost=lambda: self.on_lost(),
@@ -234,9 +246,7 @@ class Ranks:
             store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
             settings = self._settings
             meets = {
-                rank: Meet(
-                    rank, self.gpus, store.port, settings.timeout_s, settings.patch_warm_up, settings.patch_launch
-                )
+                rank: Meet(rank, self.gpus, store.port, self._step_s, settings.patch_warm_up, settings.patch_launch)
                 for rank in range(self.gpus)
             }
             crew.tell({rank: meets[rank] for rank in ranks})
@@ -254,7 +264,7 @@ class Ranks:
             self._before.record(torch.cuda.current_stream(self._model.device))
 
     def _shares(
-        self, degree: int, shape: Shape, slots: Sequence[int], ran: Sequence[int], weights: Sequence[int]
+        self, degree: int, shape: Shape, slots: Sequence[int], weights: Sequence[int]
     ) -> tuple[tuple[int, ...], ...]:
         """The rows of each team. What a team keeps of a picture makes it stay with the team."""
         teams = self.gpus // degree
@@ -262,15 +272,15 @@ class Ranks:
             return share(weights, teams)
         shares: list[list[int]] = [[] for _ in range(teams)]
         load = [0] * teams
-        for team in self._teams.values():
-            load[team] += 1
-        for row, (slot, rows_run) in enumerate(zip(slots, ran, strict=True)):
-            team = self._teams.get((shape, slot), -1)
-            if team < 0 or rows_run == 0:
+        for its_degree, team in self._teams.values():
+            if its_degree == degree:
+                load[team] += 1
+        for row, slot in enumerate(slots):
+            if (shape, slot) not in self._teams:
                 team = load.index(min(load))
                 load[team] += 1
-                self._teams[shape, slot] = team
-            shares[team].append(row)
+                self._teams[shape, slot] = degree, team
+            shares[self._teams[shape, slot][1]].append(row)
         used = max(team for team in range(teams) if shares[team]) + 1
         return tuple(map(tuple, shares[:used]))
 

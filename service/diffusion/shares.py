@@ -24,7 +24,7 @@ from models.diffusion.loaded import LoadedModel
 from models.diffusion.model import Condition
 from models.diffusion.patch_denoiser import PatchCall, PatchDenoiser
 from models.diffusion.patch_vae import DecodeCall, PatchDecoder
-from service.diffusion.orders import Evaluate, Meet, Network, Shape, degrees_of, tensors_of
+from service.diffusion.orders import Evaluate, Meet, Network, degrees_of, tensors_of
 
 
 class BrokenError(Exception):
@@ -126,7 +126,7 @@ class Seat:
         team, place = divmod(self._rank, order.degree)
         if team >= len(order.shares) or not order.shares[team]:
             return None, None
-        self._release(order.released)
+        self._release(order, team)
         if place:
             self._model.use_loras(order.loras)
             self._follow(team * order.degree, lambda call: self._patch(order).follow(call))
@@ -236,12 +236,12 @@ class Seat:
             self._patches[key] = PatchDenoiser(denoiser, mesh, tell, warm_up=self._warm_up, launch=self._launch)
         return self._patches[key]
 
-    def _release(self, released: Sequence[tuple[Shape, int]]) -> None:
-        """Forget what was kept for pictures that have ended, in the teams that this rank leads."""
+    def _release(self, order: Evaluate, team: int) -> None:
+        """Forget what was kept for pictures of the team that have ended; its leader tells the others."""
+        slots = [slot for of_team, slot in order.released if of_team == team]
         for (_, degree), patch in self._patches.items():
-            if self._meshes[degree].leads:
-                for shape, slot in released:
-                    patch.release(shape, [slot])
+            if degree == order.degree and self._meshes[degree].leads:
+                patch.release(order.shape, slots)
 
     def _meet_teams(self) -> dict[int, Mesh]:
         """The team that this rank is in, by degree. All ranks make all teams, in one order."""

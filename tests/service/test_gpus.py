@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -43,16 +44,19 @@ class Server:
         return [rank for server in children(self.process.pid) for rank in children(server)]
 
 
-def children(pid: int) -> list[int]:
-    found = []
+def parents() -> dict[int, int]:
+    """Of the processes that have not ended."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid and fields[0] != "Z":
-            found.append(int(stat.parent.name))
+        with contextlib.suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                found[int(stat.parent.name)] = int(parent)
     return found
+
+
+def children(pid: int) -> list[int]:
+    return [child for child, parent in parents().items() if parent == pid]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +166,7 @@ def test_followers_end_with_a_server_that_is_killed(server: Server) -> None:
     server.process.kill()
     server.process.wait()
     end = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in (*helpers, *followers)):
+    while parents().keys() & {*helpers, *followers}:
         assert time.monotonic() < end
         time.sleep(0.05)
 

@@ -24,7 +24,7 @@ from service.diffusion.crew import RankError
 from service.diffusion.degrees import Degrees
 from service.diffusion.engine import DiffusionEngine
 from service.diffusion.ranks import Ranks, get_ready, open_ranks
-from service.diffusion.request import CacheIntent, Draft, Image, ImageRequest
+from service.diffusion.request import CacheIntent, Completed, Draft, Image, ImageRequest
 from service.diffusion.shares import share
 from service.diffusion.starts import Start, Starts
 from service.errors import OutOfMemoryError, SetupError
@@ -171,19 +171,26 @@ def test_requests_at_different_rows_are_drawn_as_by_one_rank(
 
 
 @pytest.mark.parametrize(
-    ("degree", "n", "steps"), [(2, 3, (WARM_UP, WARM_UP)), (4, 3, (2, WARM_UP)), (2, 1, (1, WARM_UP))]
+    "wanted",  # of each request: degree, pictures, steps
+    [
+        [(2, 3, WARM_UP), (2, 3, WARM_UP)],
+        [(4, 3, 2), (4, 3, WARM_UP)],
+        [(2, 1, 1), (2, 1, WARM_UP)],  # the first team has none left
+        [(2, 2, WARM_UP), (4, 1, WARM_UP), (1, 2, WARM_UP)],
+    ],
 )
 def test_shared_pictures_in_their_warm_up_are_those_of_one_rank(
-    ranks: Ranks, group: tuple[Ranks, Degrees], model: DiffusionModel, degree: int, n: int, steps: tuple[int, int]
+    ranks: Ranks, group: tuple[Ranks, Degrees], model: DiffusionModel, wanted: list[tuple[int, int, int]]
 ) -> None:
-    """Of degree 2 there are two teams; pictures stay with theirs, also when the other has none left."""
+    """Of degree 2 there are two teams, and pictures stay with theirs. Those of different degrees take turns."""
     requests = [
-        request(model, group[1], str(index), patch_degree=degree, num_inference_steps=count, n=n, height=128)
-        for index, count in enumerate(steps)
+        request(model, group[1], str(index), patch_degree=degree, n=n, num_inference_steps=steps, height=128)
+        for index, (degree, n, steps) in enumerate(wanted)
     ]
     events = draw(model, requests, ranks, apart=False)
     assert largest_difference(pictures(events), pictures(draw(model, requests, None))) <= 1
-    assert {event.timings.patch_degree for event in events if hasattr(event, "timings")} == {degree}
+    told = {event.request_id: event.timings.patch_degree for event in events if isinstance(event, Completed)}
+    assert told == {str(index): degree for index, (degree, _, _) in enumerate(wanted)}
 
 
 class Found:
