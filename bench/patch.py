@@ -8,7 +8,7 @@ with displaced patches, fully synchronous, and without communication, which is t
     run             milliseconds a step of a whole run, its synchronous warm-up included
     exposed         of a step, more than without communication
     memory          the most that a rank allocated, in GB; sent: MB that a rank gives to each of the others in a step
-    off             full_sync only: the largest difference from one GPU in a step, over the largest value
+    off             largest difference from one GPU in a synchronous step, over the largest value
 
     python bench/patch.py --gpus 4 [--degrees 2 4] [--sizes 1024 2048 3840] [--steps 50] [--launch graph] [--stock]
     python bench/patch.py --gpus 4 --device cpu --spec headstart-v2 --sizes 256 --steps 6 --launch eager
@@ -44,6 +44,7 @@ from accel.samplers.noise import gaussian
 from models.diffusion.loaded import LoadedModel
 from models.diffusion.loading import load_model
 from models.diffusion.model import Condition
+from models.diffusion.patch import patch_plan
 from models.diffusion.patch_denoiser import WARM_UP, PatchDenoiser
 from models.diffusion.patch_launch import LAUNCHES
 from models.diffusion.patch_vae import PatchDecoder
@@ -169,8 +170,10 @@ def _speed_at(rank: Rank, model: LoadedModel, size: int) -> None:
         if args.stock:
             rows.append(_stock(rank, model, clock))
         single, exact = 0.0, None
+        plan = patch_plan(model.denoiser("ddim"))
         for degree, mesh in rank.meshes.items():
-            modes = ("displaced",) if degree == 1 else ("full_sync", "no_sync", "displaced")
+            shared = plan.parts(degree, guided=scale > 1) > 1
+            modes = ("full_sync", "no_sync", "displaced") if shared else ("displaced",)  # else there is nothing to say
             bound = 0.0
             for mode in modes:
                 if rank.cuda:
@@ -194,14 +197,14 @@ def _speed_at(rank: Rank, model: LoadedModel, size: int) -> None:
                 off = (output - exact).abs().max() / exact.abs().max()
                 rows.append(
                     [
-                        f"{degree}" if degree == 1 else f"{degree} {mode}",
+                        f"{degree} {mode}" if shared else f"{degree}",
                         f"{step:.2f}",
                         f"{whole:.2f}",
                         f"{single / whole:.2f}",
-                        f"{step - bound:.2f}" if mode == "displaced" and degree > 1 else "",
+                        f"{step - bound:.2f}" if mode == "displaced" and shared else "",
                         f"{max(memory[:degree]):.1f}",
-                        f"{sent / 1e6:.1f}" if degree > 1 else "",
-                        f"{float(off):.1e}" if mode == "full_sync" else "",
+                        f"{sent / 1e6:.1f}" if shared else "",
+                        f"{float(off):.1e}" if degree > 1 else "",
                     ]
                 )
                 rank.say(f"{size}x{size}", *rows[-1])
