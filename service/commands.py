@@ -51,8 +51,8 @@ def rewrite(chosen: argparse.Namespace) -> int:
     logs.setup(settings.log)
     done = oneshot.rewrite(settings, chosen.prompt, quiet=chosen.quiet)
     if chosen.json:
-        facts = {"prompt": done.original, "revised_prompt": done.prompt, "outcome": done.outcome, "reason": done.reason}
-        print(json.dumps(facts | {"seconds": done.seconds}, ensure_ascii=False, indent=2))
+        prompts = {"prompt": done.original, "revised_prompt": done.prompt}
+        print(json.dumps(prompts | done.facts | {"seconds": done.seconds}, ensure_ascii=False, indent=2))
         return 0
     if done.outcome != "rewritten":
         oneshot.say(oneshot.told(done), chosen.quiet)

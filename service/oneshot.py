@@ -255,7 +255,7 @@ def _write(request: ImageRequest, images: Sequence[Image], model: str, output: O
 
 def _described(drawn: Drawn, prompt: str, model: str, files: Sequence[Path]) -> dict[str, Any]:
     request, images, completed, rewrite = drawn
-    outcome = {} if rewrite is None else {"rewrite": {"outcome": rewrite.outcome, "reason": rewrite.reason}}
+    outcome = {} if rewrite is None else {"rewrite": rewrite.facts}
     return {
         "id": request.id,
         "model": model,

@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from service.api.live import live
 from service.api.middleware import tenant_of
-from service.api.rewrite import rewrite_facts, rewritten
+from service.api.rewrite import rewritten
 from service.api.schemas import DrawBody
 from service.api.state import Service
 from service.bridge import RequestStream
@@ -60,7 +60,7 @@ class Job:
     def prompt_facts(self) -> dict[str, Any]:
         """What a reply says of the prompt: what was drawn and, if it was to be rewritten, what became of that."""
         return {"revised_prompt": self.request.prompt} | (
-            {} if self.rewrite is None else {"rewrite": rewrite_facts(self.rewrite)}
+            {} if self.rewrite is None else {"rewrite": self.rewrite.facts}
         )
 
     async def picture(self, service: Service, image: Image) -> Picture:

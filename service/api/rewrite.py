@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from service.api.bodies import read_body
 from service.api.middleware import tenant_of
 from service.api.openapi import json_body
-from service.api.state import Service, service_of
+from service.api.state import Service, refusals, service_of
 from service.api.text_schemas import RewriteBody
 from service.prompts import checked_text
 
@@ -27,7 +27,7 @@ async def rewrite(client: Request) -> Response:
     body = await read_body(client, RewriteBody)
     prompt = checked_text("prompt", body.prompt, 1)
     writer = service.writer
-    with writer.bridge.room(1):  # a full queue is told as such
+    with refusals(service.metrics.text_ended), writer.bridge.room(1):  # a full queue is told as such
         pass
     done = await rewritten(service, client, prompt)
     return JSONResponse(
@@ -35,7 +35,7 @@ async def rewrite(client: Request) -> Response:
             "model": writer.card.name,
             "prompt": prompt,
             "revised_prompt": done.prompt,
-            "rewrite": rewrite_facts(done),
+            "rewrite": done.facts,
             "timings": {"rewrite_s": done.seconds},
         }
     )
@@ -46,8 +46,3 @@ async def rewritten(service: Service, client: Request, prompt: str) -> Rewrite:
     done = await service.runtime.rewrite(prompt, tenant_of(client))
     service.metrics.rewritten(done.outcome, done.seconds)
     return done
-
-
-def rewrite_facts(done: Rewrite) -> dict[str, Any]:
-    """What a reply says became of a prompt."""
-    return {"outcome": done.outcome, "reason": done.reason}

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -83,11 +83,8 @@ class Service:
     def room(self, pictures: int) -> Iterator[Room]:
         """A place in the engine's queue (see `Bridge.room`). Raises BusyError and UnavailableError."""
         with contextlib.ExitStack() as stack:
-            try:
+            with refusals(self.metrics.ended):
                 room = stack.enter_context(self.runtime.bridge.room(pictures))
-            except BusyError:
-                self.metrics.ended("rejected", None)
-                raise
             yield room
 
     async def encode(self, pixels: np.ndarray, format: str, quality: int, recipe: Recipe | None = None) -> bytes:
@@ -114,6 +111,16 @@ class Service:
         if self._drain is not None:
             await self._drain
         self._encoders.shutdown()
+
+
+@contextlib.contextmanager
+def refusals(ended: Callable[[str, None], None]) -> Iterator[None]:
+    """Counts a full queue's."""
+    try:
+        yield
+    except BusyError:
+        ended("rejected", None)
+        raise
 
 
 def service_of(request: Request) -> Service:

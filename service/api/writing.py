@@ -14,10 +14,10 @@ from starlette.requests import Request
 
 from service.api.live import live
 from service.api.middleware import tenant_of
-from service.api.state import Service
+from service.api.state import Service, refusals
 from service.api.text_schemas import TextBody
 from service.bridge import RequestStream
-from service.errors import BusyError, InputError, NotFoundError, invalid, renamed
+from service.errors import InputError, NotFoundError, invalid, renamed
 from service.events import MAX_SEED, Event
 from service.llm.request import ChoiceEnded, Completed, Delta, LlmRequest, TokenLogprob, Usage
 
@@ -81,11 +81,8 @@ async def accept(
         writer.check(request)
     except InputError as error:
         raise renamed(error, body.names) from None
-    try:
+    with refusals(service.metrics.text_ended):
         stream = writer.bridge.submit(request)
-    except BusyError:
-        service.metrics.text_ended("rejected", None)
-        raise
     return Task(request, writer, int(time.time())), stream
 
 

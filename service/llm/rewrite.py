@@ -53,6 +53,11 @@ class Rewrite:
     reason: str
     seconds: float
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a caller is told of it beside the prompt."""
+        return {"outcome": self.outcome, "reason": self.reason}
+
 
 class Rewriter:
     """Rewrites prompts with a text model.

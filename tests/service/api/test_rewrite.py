@@ -227,6 +227,8 @@ def test_a_rewriter_with_a_full_queue_keeps_prompts(tmp_path: Path) -> None:
         reply = httpx.post(
             f"{running.url}/generate", json={"prompt": "a fox", "enhance_prompt": True}, timeout=60
         ).json()
+        metrics = httpx.get(f"{running.url}/metrics", timeout=60).text
+    assert 'headstart_llm_requests_total{outcome="rejected"} 1.0' in metrics
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
     (entry,) = reply["data"]
