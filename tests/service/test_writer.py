@@ -12,11 +12,13 @@ import pytest
 
 from accel.memory.budget import DeviceMemory, Needs
 from accel.memory.paged_kv import page_bytes
+from models.errors import ModelError
 from models.llm.loading import LanguageModel
 from service.config import LlmSettings, ModelSettings, Settings
 from service.errors import BusyError, InputError, SetupError, UnavailableError
 from service.events import Cancelled, Event
 from service.llm.request import ChoiceEnded, Completed, Delta, LlmRequest, SamplingParams
+from service.runtime import _language_model
 from service.writer import DEVICE_PAGE, WORKING_SHARE, kv_plan, open_writer, wanted
 from tests.service.test_bridge import events_of, until
 from tests.service.texts import tiny_writer
@@ -187,3 +189,16 @@ def test_a_language_model_is_wanted_where_it_has_been_fetched(
     assert ("headstart models pull smollm2" in caplog.text) == (enabled == "auto" and model == "default")
     here = Settings(llm=LlmSettings(enabled=enabled, model=model))
     assert wanted(here) is (enabled != "off")  # the bundle has been fetched for the tests
+
+
+def test_one_that_cannot_be_loaded_is_left_out_unless_it_was_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "empty").mkdir()
+    auto = Settings(llm=LlmSettings(model=str(tmp_path / "empty")))
+    assert wanted(auto)
+    assert _language_model(auto) is None
+    assert "no language model: " in caplog.text
+    assert str(tmp_path / "empty") in caplog.text
+    with pytest.raises(ModelError):
+        _language_model(replace(auto, llm=replace(auto.llm, enabled="on")))
