@@ -21,7 +21,7 @@ from models.diffusion.patch_denoiser import PatchDenoiser
 from models.diffusion.patch_vae import PatchDecoder
 
 CPU = torch.device("cpu")
-SHAPE = (4, 16, 10)  # an odd number of columns at the second level
+SHAPE = (4, 16, 9)  # an odd number of columns: the network then sizes what it upsamples by what it kept
 STEPS = 10
 # Kind of model -> (degree, whether guidance branches are shared out) at which it is drawn.
 WAYS = {
@@ -131,7 +131,7 @@ def check(rank: int, folders: dict[str, Path]) -> dict[str, Any]:
 
 def _conditions(model: LoadedModel, sampler: str, scales: Sequence[float]) -> list[Condition]:
     prompts = [("a red apple", "blue"), ("two cats", ""), ("a fox", "dog"), ("a green dog on blue", "")]
-    return model.encode(prompts[: len(scales)], scales, sampler, (80, 128))
+    return model.encode(prompts[: len(scales)], scales, sampler, (72, 128))
 
 
 def _plan(model: LoadedModel, sampler: str, steps: int = STEPS) -> Plan:
@@ -142,7 +142,8 @@ def _equality(found: dict[str, Any], groups: list[Group], kind: str, model: Load
     """Full synchronous runs of two pictures against one rank's, whose modules are still diffusers' own."""
     sampler = "lcm" if kind == "lcm" else "ddim"
     plan = _plan(model, sampler)
-    jobs = [Job(seed, condition, seed) for seed, condition in enumerate(_conditions(model, sampler, [3.0, 5.0]))]
+    # Stronger guidance of a tiny random SDXL grows a rounding error a thousandfold in ten steps.
+    jobs = [Job(seed, condition, seed) for seed, condition in enumerate(_conditions(model, sampler, [1.5, 2.0]))]
     wanted = draw(model.denoiser(sampler), plan, jobs)
     for group in groups:
         for degree, split in WAYS[kind]:
