@@ -22,7 +22,7 @@ from PIL import Image
 from service.cli import main
 from tests import tiny
 
-TIMEOUT_S = 4
+TIMEOUT_S = 6
 LONG = {"prompt": "a red fox", "num_inference_steps": 200, "n": 2, "sampler": "ddim"}
 SHORT = {"prompt": "a red fox", "num_inference_steps": 6, "n": 3, "sampler": "ddim", "seed": 5}
 
