@@ -61,7 +61,7 @@ class RankSettings:
     gpus: int = 1
     patch_degree: str = "auto"  # GPUs that share one picture where its request does not say; auto: by measured times
     patch_warm_up: int = 4  # rows of such a picture that run in step, before GPUs use what the others had a row ago
-    patch_launch: str = "eager"  # eager | compile | graph
+    patch_launch: str = "auto"  # eager | compile | capture | graph; auto: capture on GPUs, eager on a CPU
     timeout_s: float = 60.0  # a GPU's process that is silent for so long is lost, and so is a step that takes longer
 
 
@@ -331,8 +331,8 @@ OPTIONS = (
         "ranks",
         "patch_launch",
         "--patch-launch",
-        _choice("eager", "compile", "graph"),
-        "how the network of a shared picture runs; graph is for GPUs",
+        _choice("auto", "eager", "compile", "capture", "graph"),
+        "how the network of a shared picture is run: as CUDA graphs (capture, graph), compiled first (compile, graph)",
     ),
     Option(
         "ranks",

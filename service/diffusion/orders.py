@@ -36,7 +36,7 @@ class Meet(NamedTuple):
     port: int
     timeout_s: float  # of a collective call on the CPU
     warm_up: int  # rows of a picture that a team runs synchronously
-    launch: str  # how a split network is run: eager | compile | graph
+    launch: str  # how the network of a shared picture is run, one of patch_launch.LAUNCHES
 
 
 class Text(NamedTuple):

@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 SETTLE_S = 5.0  # for steps that were on their way when memory ran out
 START_S = 300.0  # for ranks to find each other
 MEASURE_S = 20.0  # for all sizes, of which the next takes up to 16 times as long as the one before
-COMPILING = 10  # times as long may a step take where networks are compiled in it
+COMPILED = ("compile", "graph")  # of the ways to run a shared network
+COMPILING = 10  # times as long may a step take in which it is compiled
 PROBE_SLOT = -1  # of the pictures that are measured with
 
 
@@ -71,7 +72,7 @@ class Ranks:
         model: as it was loaded from `chosen`, on the first of `devices_of(chosen.device, settings.gpus)`.
 
     Raises:
-        SetupError: a rank cannot load the model or join.
+        SetupError: a rank cannot load the model or join, or networks cannot be run as `settings.patch_launch` says.
     """
 
     def __init__(self, model: LoadedModel, chosen: ModelSettings, settings: RankSettings) -> None:
@@ -82,7 +83,8 @@ class Ranks:
         self._model = model
         self._chosen = replace(chosen, revision=model.card.revision, dtype=str(model.dtype).removeprefix("torch."))
         self._settings = settings
-        self._step_s = settings.timeout_s * (1 if settings.patch_launch == "eager" else COMPILING)
+        self._launch = launch_of(settings.patch_launch, model.device)
+        self._step_s = settings.timeout_s * (COMPILING if self._launch in COMPILED else 1)
         self._devices = devices_of(str(model.device), settings.gpus)
         self._all_threads = torch.get_num_threads()
         self._threads = max(1, self._all_threads // settings.gpus) if self._devices[0] == "cpu" else self._all_threads
@@ -244,9 +246,8 @@ class Ranks:
             _check(crew.answers(ranks))
             timeout = timedelta(seconds=START_S)
             store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
-            settings = self._settings
             meets = {
-                rank: Meet(rank, self.gpus, store.port, self._step_s, settings.patch_warm_up, settings.patch_launch)
+                rank: Meet(rank, self.gpus, store.port, self._step_s, self._settings.patch_warm_up, self._launch)
                 for rank in range(self.gpus)
             }
             crew.tell({rank: meets[rank] for rank in ranks})
@@ -406,6 +407,16 @@ def devices_of(name: str, gpus: int) -> list[str]:
     return [f"cuda:{index}" for index in range(first, first + gpus)]
 
 
+def launch_of(setting: str, device: torch.device) -> str:
+    """How the network of a shared picture is run on the device, one of patch_launch.LAUNCHES. Raises SetupError."""
+    if setting == "auto":
+        return "capture" if device.type == "cuda" else "eager"
+    if setting in ("capture", "graph") and device.type != "cuda":
+        message = f"ranks.patch_launch: {setting} is not allowed; auto, eager or compile: a CPU has no CUDA graphs"
+        raise SetupError(message, param="ranks.patch_launch")
+    return setting
+
+
 def open_ranks(model: LoadedModel, settings: Settings) -> tuple[Ranks, Degrees] | tuple[None, None]:
     """The ranks that the settings ask for and how many of them may share a picture; nothing for a single GPU.
 
@@ -417,9 +428,6 @@ def open_ranks(model: LoadedModel, settings: Settings) -> tuple[Ranks, Degrees] 
             message = f"ranks.patch_degree: {chosen.patch_degree} is not allowed; 1 or auto: there is one GPU (--gpus)"
             raise SetupError(message, param="ranks.patch_degree")
         return None, None
-    if chosen.patch_launch == "graph" and model.device.type != "cuda":
-        message = "ranks.patch_launch: graph is not allowed; eager or compile: there are no graphs on the CPU"
-        raise SetupError(message, param="ranks.patch_launch")
     degrees = Degrees(model, chosen.gpus, None if chosen.patch_degree == "auto" else int(chosen.patch_degree))
     return Ranks(model, settings.model, chosen), degrees
 
