@@ -75,7 +75,7 @@ class Exchange:
         self._group_words = group_bytes // 8
         self._layers: dict[int, _Layer] = {}
         self._groups: list[_Group] = []
-        self._learned: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # (layer, one row of it, words of all parts)
+        self._learned: list[tuple[int, torch.dtype, torch.Size, torch.Tensor]] = []  # by layer, its words of all parts
         self._row_of: dict[int, int] = {}  # by slot
         self._free: list[int] = []
         self._indices: dict[int, tuple[tuple[int, ...], torch.Tensor]] = {}  # by R: rows, and the same on the device
@@ -138,7 +138,7 @@ class Exchange:
         self._index(tuple(self._row_of[slot] for slot in slots))
 
     def swap(self, layer: int, fresh: torch.Tensor, *, own: bool, waited: bool) -> torch.Tensor:
-        """Give this part's `fresh`, [R, ...], and take what all parts gave, [R, n, ...].
+        """Give this part's `fresh`, [R, ...], and take what all parts gave, [R, n, ...]: a tensor of the caller's own.
 
         Args:
             layer: any number that is the layer's own.
@@ -170,7 +170,8 @@ class Exchange:
         if kept:
             layer = self._layers.get(number)
             if layer is None:
-                self._learned.append((number, fresh[:1], every))
+                # A copy, because what is returned is the caller's, and a compiled caller writes over it.
+                self._learned.append((number, fresh.dtype, fresh.shape[1:], every.clone()))
             else:
                 part = layer.group.known[:, :, layer.offset : layer.offset + layer.words]
                 _put(part, None if self._whole else self._rows, every)
@@ -203,7 +204,6 @@ class Exchange:
             gathered = sent.new_empty(parts, *sent.shape)
             arguments = (gathered.view(-1), sent.reshape(-1))
             work = dist.all_gather_into_tensor(*arguments, group=self._team.background, async_op=True)
-
             assert work is not None
 
             def arrive() -> None:
@@ -230,12 +230,12 @@ class Exchange:
         learned, self._learned = self._learned, []
         group = _Group()
         fresh: list[tuple[_Group, list[torch.Tensor]]] = []
-        for number, example, every in learned:
+        for number, dtype, shape, every in learned:
             if not group.layers or group.words >= self._group_words:
                 group = _Group()
                 fresh.append((group, []))
             words = every.shape[2]
-            self._layers[number] = _Layer(group, group.words, words, example.dtype, tuple(example.shape[1:]))
+            self._layers[number] = _Layer(group, group.words, words, dtype, tuple(shape))
             group.words += words
             group.layers += 1
             fresh[-1][1].append(every)

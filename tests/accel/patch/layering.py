@@ -166,16 +166,25 @@ def payload(layer: int, part: int, step: int) -> torch.Tensor:
 
 
 def _payloads(mesh: Mesh) -> dict[str, Any]:
-    """Bare swaps of two rows at three steps; the third is synchronous again. Layers: [(stale, own fresh), ...]."""
-    exchange = Exchange(mesh.rows, CPU, group_bytes=24)
-    found = []
-    for step, synchronous in enumerate((True, False, True, False)):
-        exchange.begin([4, 2], synchronous=synchronous)
-        given = [payload(layer, mesh.rank, step) for layer in range(len(PAYLOADS))]
-        found.append([exchange.swap(layer, fresh, own=layer == 1, waited=False) for layer, fresh in enumerate(given)])
-        exchange.finish()
-    exchange.settle()
-    return {"payloads": found, "row_bytes": exchange.row_bytes}
+    """Bare swaps of one or two rows, synchronous at every other step, whose results are written over."""
+    found: dict[str, Any] = {}
+    for slots in ([4], [4, 2]):
+        exchange = Exchange(mesh.rows, CPU, group_bytes=24)
+        steps: list[list[torch.Tensor]] = []
+        for step in range(4):
+            exchange.begin(slots, synchronous=step % 2 == 0)
+            steps.append([])
+            for layer in range(len(PAYLOADS)):
+                fresh = payload(layer, mesh.rank, step)[: len(slots)]
+                got = exchange.swap(layer, fresh, own=layer == 1, waited=False)
+                steps[-1].append(got.clone())
+                got.zero_()
+                fresh.zero_()
+            exchange.finish()
+        exchange.settle()
+        found[f"payloads {len(slots)}"] = steps
+        found["row_bytes"] = exchange.row_bytes
+    return found
 
 
 def _compiled(mesh: Mesh) -> dict[str, Any]:

@@ -121,15 +121,16 @@ def test_every_slot_has_its_own_past(ranks: list[dict[str, Any]]) -> None:
                 torch.testing.assert_close(got[row], rows_of(part, layer(x))[0], rtol=1e-4, atol=1e-5)
 
 
-def test_payloads_of_any_size_and_dtype(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_payloads_of_any_size_and_dtype(ranks: list[dict[str, Any]], rows: int) -> None:
     """Displaced swaps give what all gave at the step before, but this part's own fresh where that is asked for."""
     for part, found in enumerate(ranks):
-        for step, layers in enumerate(found["payloads"]):
+        for step, layers in enumerate(found[f"payloads {rows}"]):
             for layer, got in enumerate(layers):
                 seen = [step - step % 2] * PARTS  # even steps are synchronous
                 if layer == 1:
                     seen[part] = step
-                wanted = torch.stack([payload(layer, other, seen[other]) for other in range(PARTS)], dim=1)
+                wanted = torch.stack([payload(layer, other, seen[other])[:rows] for other in range(PARTS)], dim=1)
                 assert torch.equal(got, wanted), (part, step, layer)
         assert found["row_bytes"] == 4 * 16  # each payload fills one aligned pair of words
 
