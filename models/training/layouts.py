@@ -12,12 +12,13 @@ AND, LEFT, RIGHT, ABOVE, BELOW, BEHIND, IN_FRONT, ON = range(len(RELATIONS))
 SMALL, LARGE = 1, 2
 
 _FACTORS = (1.0, 0.6, 1.4)  # of the usual scale: unsaid, SMALL, LARGE
-_BESIDE_LARGE = (0.8, 0.6, 1.12)  # the same where one of two is LARGE, so that both still fit
+_BESIDE_LARGE = (0.65, 0.6, 1.05)  # the same where one of two is LARGE, so that both still fit
 _LIFT, _SHRINK = 1.1, 0.86  # of one object above another, for a clear gap: it does not stand on it
 _ALONE = 0.64
 # Side of a latent of a picture of 256 pixels, in units of half the picture. Squares begin and end on this grid: the
 # same drawing then has the same latents wherever it stands, and there is less to learn (see `_on_grid`).
 _CELL = 1 / 16
+_SIDES = (9, 13, 20, 28)  # cells of an object's square, for the same reason: every size of a drawing is learned alone
 
 Place = tuple[float, float, float]
 
@@ -43,7 +44,7 @@ _GROUPS: dict[int, tuple[tuple[Place, ...], ...]] = {
     ),
     4: (
         _at(0.4, (-0.46, -0.46), (0.46, -0.46), (-0.46, 0.46), (0.46, 0.46)),
-        _at(0.34, (0, -0.62), (-0.6, 0), (0.6, 0), (0, 0.62)),
+        _at(0.3, (0, -0.62), (-0.6, 0), (0.6, 0), (0, 0.62)),
         _at(0.31, (-0.65, -0.34), (0, -0.34), (0.65, -0.34), (0, 0.4)),
         _at(0.31, (0, -0.4), (-0.65, 0.34), (0, 0.34), (0.65, 0.34)),
     ),
@@ -94,10 +95,20 @@ def _table() -> list[list[list[tuple[Place, ...]]]]:
 
 
 def _on_grid(places: torch.Tensor) -> torch.Tensor:
-    """Places [B, P, 3] near these, no larger, whose squares are whole cells of the grid, inside the picture."""
-    scale = (places[..., 2:] * (2 / _CELL)).floor().clamp(min=1) * (_CELL / 2)
+    """Places [B, P, 3] near these whose squares begin on the grid, inside the picture."""
+    scale = places[..., 2:]
     corner = ((places[..., :2] - scale) / _CELL).round() * _CELL
     return torch.cat([torch.minimum(corner.clamp(min=-1), 1 - 2 * scale) + scale, scale], -1)
+
+
+def _stand(places: torch.Tensor, on: torch.Tensor) -> torch.Tensor:
+    """Places on the grid; where `on` [B], the first object's is that which sinks least into the second's."""
+    snapped = _on_grid(places)
+    feet = places[:, 0, 1] + snapped[:, 1, 1] - places[:, 1, 1]
+    scale = snapped[:, 0, 2]
+    lower = torch.ceil((feet - scale) / _CELL - 1e-3).clamp(min=-1 / _CELL) * _CELL + scale
+    snapped[:, 0, 1] = torch.where(on, lower, snapped[:, 0, 1])
+    return snapped
 
 
 class Layouts:
@@ -106,6 +117,12 @@ class Layouts:
     def __init__(self, device: torch.device) -> None:
         self._table = torch.tensor(_table(), device=device)
         self._factors = torch.tensor([_FACTORS, _BESIDE_LARGE], device=device)
+        self._scales = torch.tensor(_SIDES, device=device) * (_CELL / 2)
+        self._between = (self._scales[1:] * self._scales[:-1]).sqrt()
+
+    def _nearest(self, scale: torch.Tensor) -> torch.Tensor:
+        """The scales of _SIDES nearest to these by their ratios; 0 stays."""
+        return torch.where(scale > 0, self._scales[torch.bucketize(scale, self._between)], 0.0)
 
     def places(
         self,
@@ -143,7 +160,7 @@ class Layouts:
         beside = (size == LARGE).any(1, keepdim=True) & (count[:, 1:] > 0)
         factor = self._factors[beside.long(), size].gather(1, group)
         factor = torch.where(several | (~alone & (count[:, 1:] == 0)), factor.clamp(max=1), factor)
-        scale = scale * factor * (1 + torch.where(alone, 0.08, 0.04) * spread(1))
+        scale = self._nearest(scale * factor)
         x = x + spread(PLACEMENTS) * torch.where(alone, 0.1, 0.025)
         y = y + spread(PLACEMENTS) * torch.where(alone, 0.08, 0.025)
 
@@ -160,12 +177,12 @@ class Layouts:
         scale = torch.minimum(scale, 1 / reach)
         room = 1 - scale * reach
         places = torch.stack([torch.minimum(torch.maximum(x, -room), room), y.clamp(min=-room, max=room), scale], -1)
-        # What is turned has latents of its own anyway, and what overlaps must go on doing so, as far as it does.
-        free = (turn != 0) | (relation >= BEHIND)[:, None]
-        return torch.where((free | (scale <= 0))[..., None], places, _on_grid(places))
+        # What is turned has latents of its own anyway.
+        free = (turn != 0) | (scale <= 0)
+        return torch.where(free[..., None], places, _stand(places, relation == ON))
 
-    @staticmethod
     def _overlapping(
+        self,
         x: torch.Tensor,
         y: torch.Tensor,
         scale: torch.Tensor,
@@ -180,14 +197,14 @@ class Layouts:
 
         # In depth: the farther object higher, to one side, about a third of its square covered.
         nearer = torch.stack([front, ~front], 1)
-        deep_scale = torch.where(nearer, 0.5, 0.56) * factor[:, :2]
+        deep_scale = self._nearest(0.44 * factor[:, :2])
         reach = deep_scale.sum(1, keepdim=True)
         side = torch.where(spread[:, :1] < 0, -1.0, 1.0) * (0.21 + 0.03 * spread[:, 1:2]) * reach
         deep_x = torch.cat([-side, side], 1)
         deep_y = torch.where(nearer, 1.0, -1.0) * (0.14 + 0.02 * spread[:, 2:3]) * reach
 
         # One on the other: the first's feet sink a little into the second's top, and the two are centred as one.
-        upper, lower = 0.38 * factor[:, 0], 0.48 * factor[:, 1]
+        upper, lower = self._nearest(0.42 * factor[:, :2]).unbind(1)
         contact = 0.05 * upper
         lower_y = torch.zeros_like(lower)
         upper_y = lower_y + lower * extent[:, 1, 1] - upper * extent[:, 0, 2] + contact
