@@ -4,8 +4,9 @@ Each follower has two pipes: orders and answers go through one, and through the 
 no more. A thread listens to the beats. A group is lost as a whole: whatever happens to one follower, all are ended, so
 that nothing waits for a collective call that cannot come about.
 
-Followers are forked from a server process that has imported what they need and touched no device (multiprocessing's
-forkserver), so that starting them again takes no imports.
+Followers on the CPU are forked from a server process that has imported what they need (multiprocessing's forkserver),
+so that starting them again takes no imports. Those on GPUs are new interpreters: diffusers asks for CUDA devices as it
+is imported, after which a fork of the process cannot use them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from service.errors import OutOfMemoryError, UnavailableError
 
 log = logging.getLogger(__name__)
 
+IMPORT_S = 240.0  # until a follower is first heard of, beyond the time that its silence may last
 LEAVE_S = 5.0  # that followers get to end by themselves
 BEATS = 4  # in the time after which silence counts as the end
 PRELOAD = [
@@ -46,16 +48,16 @@ class RankError(UnavailableError):
 
 class Follower(NamedTuple):
     rank: int
-    process: Any  # multiprocessing's, of the forkserver's kind
+    process: Any  # multiprocessing's
     orders: Connection
     pulse: Connection
 
 
 def prepare() -> None:
-    """Let the server process begin its imports, so that they run beside the caller's own."""
+    """Let the server process of followers on the CPU begin its imports, so that they run beside the caller's own."""
     from multiprocessing.forkserver import ensure_running
 
-    _context().set_forkserver_preload(PRELOAD)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     ensure_running()
 
 
@@ -63,6 +65,7 @@ class Crew:
     """Followers 1 to `gpus` - 1, started and watched until they are lost or closed.
 
     Args:
+        on_gpus: they are to use GPUs.
         timeout_s: a follower that is silent for so long has died.
         step_s: a `watched` block that takes longer hangs.
         settle: waits until what other ranks have finished is there; called before followers without memory are ended.
@@ -73,6 +76,7 @@ class Crew:
     def __init__(
         self,
         gpus: int,
+        on_gpus: bool,
         timeout_s: float,
         step_s: float,
         *,
@@ -86,7 +90,10 @@ class Crew:
         self._lock = threading.Lock()
         self._closing = False
         self._since: float | None = None  # when the watched block began
-        self._followers = _start(gpus, timeout_s / BEATS)
+        if not on_gpus:
+            prepare()
+        context = multiprocessing.get_context("spawn" if on_gpus else "forkserver")
+        self._followers = _start(context, gpus, timeout_s / BEATS)
         atexit.register(self.close)  # before multiprocessing's own, which would wait for them
         self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._thread.start()
@@ -155,7 +162,7 @@ class Crew:
 
     def _watch(self) -> None:
         ranks = {each.pulse: each.rank for each in self._followers}
-        heard = dict.fromkeys(ranks, time.monotonic())
+        heard = dict.fromkeys(ranks, time.monotonic() + IMPORT_S)
         while not self._closing and self.lost is None:
             ready = wait(list(heard), self._timeout_s / BEATS)
             now = time.monotonic()
@@ -192,13 +199,7 @@ class Crew:
             return self.lost
 
 
-def _context() -> Any:
-    return multiprocessing.get_context("forkserver")
-
-
-def _start(gpus: int, beat_s: float) -> list[Follower]:
-    context = _context()
-    prepare()
+def _start(context: Any, gpus: int, beat_s: float) -> list[Follower]:
     leaders: dict[int, dict[int, Connection]] = {rank: {} for rank in range(1, gpus)}
     members: dict[int, dict[int, Connection]] = {rank: {} for rank in range(1, gpus)}
     for degree in degrees_of(gpus):

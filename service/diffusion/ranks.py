@@ -234,6 +234,7 @@ class Ranks:
         self._before = torch.cuda.Event() if self._model.device.type == "cuda" else None
         crew = self._crew = Crew(
             self.gpus,
+            self._model.device.type == "cuda",
             self._settings.timeout_s,
             self._step_s,
             settle=self._settle,
@@ -438,8 +439,9 @@ def get_ready(chosen: ModelSettings, settings: RankSettings) -> None:
     Raises SetupError.
     """
     if settings.gpus > 1:
-        devices_of(chosen.device, settings.gpus)
-        prepare()
+        devices = devices_of(chosen.device, settings.gpus)
+        if devices[0] == "cpu":
+            prepare()
 
 
 def _check(answers: Iterable[Answer]) -> None:
