@@ -212,13 +212,13 @@ class Exchange:
 
             group.arrive = arrive
             return
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             gathered = self._gathered[: parts * sent.numel()].view(parts, *sent.shape)
             dist.all_gather_into_tensor(gathered.view(-1), sent.view(-1), group=self._team.background)
             _put(group.known, indices, gathered.transpose(0, 1))
             arrived = stream.record_event()
-        group.arrive = lambda: torch.cuda.current_stream().wait_event(arrived)
+        group.arrive = lambda: torch.cuda.current_stream(self._device).wait_event(arrived)
 
     def _arrive(self, group: _Group) -> None:
         if group.arrive is not None:

@@ -19,6 +19,7 @@ from models.diffusion.loading import load_model
 from models.diffusion.model import Condition
 from models.diffusion.patch_denoiser import PatchDenoiser
 from models.diffusion.patch_vae import PatchDecoder
+from models.errors import PatchError
 
 CPU = torch.device("cpu")
 SHAPE = (4, 16, 9)  # an odd number of columns: the network then sizes what it upsamples by what it kept
@@ -113,19 +114,23 @@ def spread(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float
 
 def check(rank: int, folders: dict[str, Path]) -> dict[str, Any]:
     """All measurements, by name; on rank 0."""
-    groups = [Group(mesh) for ranks in ((0, 1), (0, 1, 2, 3)) if (mesh := make_mesh(ranks, device=CPU)) is not None]
+    meshes = [make_mesh(range(degree), device=CPU) for degree in (2, 3, 4)]
+    groups = {mesh.degree: Group(mesh) for mesh in meshes if mesh is not None}
     found: dict[str, Any] = {}
     models = {
         kind: load_model(str(path), dtype="float32", device="cpu", cache_dir=path) for kind, path in folders.items()
     }
     for kind in WAYS:
         _equality(found, groups, kind, models[kind])
-    _staleness(found, groups[-1], models["sd2"])
-    _batches(found, groups[-1], models["sd2"])
-    for group in groups:
-        _decoding(found, group, models["sd"])
-    if len(groups) == 2:
-        _loras(found, groups[0], models["bundle"])
+    _staleness(found, groups[4], models["sd2"])
+    _batches(found, groups[4], models["sd2"])
+    for degree in (2, 4):
+        if degree in groups:
+            _decoding(found, groups[degree], models["sd"])
+    if 2 in groups:
+        _loras(found, groups[2], models["bundle"])
+    if 3 in groups:
+        _odd(found, groups[3], models["sd"])
     return found
 
 
@@ -138,20 +143,18 @@ def _plan(model: LoadedModel, sampler: str, steps: int = STEPS) -> Plan:
     return build_plan(sampler, model.schedule(sampler, model.loras.active), steps, spacing="trailing")
 
 
-def _equality(found: dict[str, Any], groups: list[Group], kind: str, model: LoadedModel) -> None:
+def _equality(found: dict[str, Any], groups: dict[int, Group], kind: str, model: LoadedModel) -> None:
     """Full synchronous runs of two pictures against one rank's, whose modules are still diffusers' own."""
     sampler = "lcm" if kind == "lcm" else "ddim"
     plan = _plan(model, sampler)
     # Stronger guidance of a tiny random SDXL grows a rounding error a thousandfold in ten steps.
     jobs = [Job(seed, condition, seed) for seed, condition in enumerate(_conditions(model, sampler, [1.5, 2.0]))]
-    leads = groups[0].mesh.leads
+    leads = groups[4].mesh.leads
     wanted = draw(model.denoiser(sampler), plan, jobs) if leads else []
-    for group in groups:
-        for degree, split in WAYS[kind]:
-            if degree != group.mesh.degree:
-                continue
-            patch = group.denoiser(model, sampler, mode="full_sync", split_guidance=split)
-            got = group.lead(patch, lambda patch=patch: draw(patch, plan, jobs, known=True))
+    for degree, split in WAYS[kind]:
+        if degree in groups:
+            patch = groups[degree].denoiser(model, sampler, mode="full_sync", split_guidance=split)
+            got = groups[degree].lead(patch, lambda patch=patch: draw(patch, plan, jobs, known=True))
             if got is not None:
                 found[f"equal {kind} {degree} {split}"] = distance(got, wanted)
     if leads:
@@ -181,16 +184,16 @@ def _batches(found: dict[str, Any], group: Group, model: LoadedModel) -> None:
         Job(3, conditions[1], slot=0, begins=5),
     ]
     for split in (True, False):
-        jobs = jobs if split else [jobs[0], jobs[2]._replace(begins=1)]
+        some = jobs if split else [jobs[0], jobs[2]._replace(begins=1)]
         patch = group.denoiser(model, warm_up=2, split_guidance=split)
-        together = group.lead(patch, lambda patch=patch: draw(patch, plan, jobs, known=True))
+        together = group.lead(patch, lambda patch=patch, some=some: draw(patch, plan, some, known=True))
         calls = [(call.split, call.synchronous, call.slots) for call in group.told if call is not None]
         alone = []
-        for job in jobs:
+        for job in some:
             one = group.denoiser(model, warm_up=2, split_guidance=split)
             alone += group.lead(one, lambda one=one, job=job: draw(one, plan, [job], known=True)) or []
         if group.mesh.leads:
-            exact = [draw(model.denoiser("ddim"), plan, [job])[0] for job in jobs]
+            exact = [draw(model.denoiser("ddim"), plan, [job])[0] for job in some]
             found[f"together {split}"] = distance(together, alone)
             found[f"displaced {split}"] = distance(together, exact)
             found[f"calls {split}"] = calls
@@ -212,6 +215,26 @@ def _loras(found: dict[str, Any], group: Group, model: LoadedModel) -> None:
             got = group.lead(patch, lambda loras=loras, patch=patch: draw(patch, plans[loras], jobs[loras], known=True))
             if got is not None:
                 found[f"lora {bool(loras)} {mode}"] = distance(got, wanted[loras])
+
+
+def _odd(found: dict[str, Any], group: Group, model: LoadedModel) -> None:
+    """An odd number of ranks, which share out rows only; and a height that they cannot share out."""
+    shape = (4, 12, 8)
+    plan = _plan(model, "ddim", 3)
+    jobs = [Job(0, _conditions(model, "ddim", [2.0])[0], slot=0)]
+    patch = group.denoiser(model, mode="full_sync")
+    got = group.lead(patch, lambda: draw(patch, plan, jobs, shape=shape, known=True))
+    if got is not None:
+        found["odd"] = distance(got, draw(model.denoiser("ddim"), plan, jobs, shape=shape))
+
+    def refused() -> str:
+        try:
+            draw(patch, plan, jobs, shape=(4, 16, 8))
+        except PatchError as error:
+            return str(error)
+        return ""
+
+    found["refused"] = group.lead(patch, refused), len(group.told)
 
 
 def _decoding(found: dict[str, Any], group: Group, model: LoadedModel) -> None:

@@ -75,3 +75,14 @@ def test_decoding_is_that_of_one_rank(found: dict[str, Any], degree: int) -> Non
     difference, shape = found[f"decode {degree}"]
     assert difference <= 1  # of 255, by rounding
     assert shape == (2, 128, 72, 3)
+
+
+def test_an_odd_number_of_ranks(found: dict[str, Any]) -> None:
+    """Three ranks draw what divides by three, and refuse the rest before a follower has heard of it."""
+    assert found["odd"] < 1e-4
+    reason, told = found["refused"]
+    assert reason == (
+        "patch_degree 3 needs latent rows in multiples of 6, and this picture has 16; "
+        "with 16 rows patch_degree 1, 2 would work"
+    )
+    assert told == 1, "only the end was told"
