@@ -17,7 +17,7 @@ _RMS = 0.2  # of an update's elements at rate 1, as AdamW's are in practice (Liu
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """The matrices with their singular values near 1, by Newton and Schulz's iteration: [N, rows, columns]."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
+    x: torch.Tensor = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
