@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -58,24 +57,25 @@ class Launcher:
         if captured is None:
             while len(self._graphs) > CAPTURED_CALLS:
                 self._graphs.popitem(last=False)
-            captured = self._graphs[key] = _Captured(lambda own: function(*tree_unflatten(own, spec)), leaves)
+            # No two graphs run at once, and a result is read before the next replay, so that they share their memory:
+            # that of a graph still held, because memory whose last graph is gone cannot be captured into again.
+            pool = next((graph.pool for graph in self._graphs.values() if graph is not None), None)
+            captured = _Captured(lambda own: function(*tree_unflatten(own, spec)), leaves, pool)
+            self._graphs[key] = captured
         return captured(leaves)
 
 
-@cache
-def _pool() -> Any:
-    """Memory of every graph of the process: no two run at once, and a result is read before the next replay."""
-    return torch.cuda.graph_pool_handle()
-
-
 class _Captured:
-    def __init__(self, function: Callable[[list[torch.Tensor]], torch.Tensor], leaves: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, function: Callable[[list[torch.Tensor]], torch.Tensor], leaves: Sequence[torch.Tensor], pool: Any
+    ) -> None:
+        self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
         self._own = [leaf.clone() for leaf in leaves]
         self._given = list(leaves)  # held, so that a tensor that comes again is known to be in place
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         # Other threads may call CUDA meanwhile: NCCL's watchdog does.
-        with torch.cuda.graph(self._graph, pool=_pool(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=self.pool, capture_error_mode="thread_local"):
             self._result = function(self._own)
 
     def __call__(self, leaves: Sequence[torch.Tensor]) -> torch.Tensor:
