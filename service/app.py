@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
 from service import logs
-from service.api import cache, chat, generate, images, ops, rewrite
+from service.api import cache, chat, generate, images, jobs, ops, rewrite
 from service.api.middleware import ApiKey, BodyLimit, Envelope
 from service.api.replies import on_headstart_error, on_http_exception
 from service.api.server import Server, listen
@@ -55,7 +55,7 @@ def create_app(
         title="Headstart", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
     )
     app.state.service = service
-    for module in (generate, images, chat, rewrite, cache, ops):
+    for module in (generate, jobs, images, chat, rewrite, cache, ops):
         app.include_router(module.router)
     app.add_exception_handler(HeadstartError, on_headstart_error)
     app.add_exception_handler(HTTPException, on_http_exception)

@@ -119,6 +119,11 @@ class Bridge(Generic[R_contra]):
             started = sum(mailbox.started for mailbox in self._live.values())
             return Stats(started, len(self._live) - started)
 
+    def waiting(self) -> list[tuple[Request, float]]:
+        """Live requests that have not started, and since when they wait (time.monotonic())."""
+        with self._condition:
+            return [(mailbox.request, mailbox.since) for mailbox in self._live.values() if not mailbox.started]
+
     @contextlib.contextmanager
     def room(self, places: int) -> Iterator[Room]:
         """Room in the queue for a request that is still being made ready: what that costs is for accepted ones only.

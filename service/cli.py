@@ -158,7 +158,7 @@ def _described(parser: Parser, text: str) -> Parser:
 
 def _add_serve(subparsers: Any) -> None:
     parser = _described(subparsers.add_parser("serve", help="serve a model over HTTP"), SERVE_HELP)
-    _add_settings(parser, ("server", "model", "engine", "ranks", "cache", "llm", "log"))
+    _add_settings(parser, ("server", "model", "engine", "ranks", "cache", "llm", "jobs", "log"))
     parser.set_defaults(run=commands.serve)
 
 

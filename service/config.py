@@ -95,6 +95,14 @@ class LlmSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class JobSettings:
+    """Of jobs that have ended: how long they can be asked for."""
+
+    ttl_s: float = 3600.0
+    budget_bytes: int = 256 * 10**6  # of all results together; beyond it the oldest go before their time
+
+
+@dataclass(frozen=True, slots=True)
 class LogSettings:
     level: str = "info"  # debug | info | warning | error
     json: bool = False
@@ -108,10 +116,11 @@ class Settings:
     ranks: RankSettings = field(default_factory=RankSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     llm: LlmSettings = field(default_factory=LlmSettings)
+    jobs: JobSettings = field(default_factory=JobSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
 
-GROUPS = ("server", "model", "engine", "ranks", "cache", "llm", "log")
+GROUPS = ("server", "model", "engine", "ranks", "cache", "llm", "jobs", "log")
 SECRETS = ("server.api_key", "server.api_keys", "cache.redis_url")  # not repeated in errors
 DEFAULTS = Settings()
 
@@ -422,6 +431,22 @@ OPTIONS = (
         "after which a prompt is drawn as it was typed; default: 2 on a CPU, 0.15 on a GPU",
         "SECONDS",
     ),
+    Option(
+        "jobs",
+        "ttl_s",
+        "--job-ttl-s",
+        _number(0.1, 1e9, "seconds"),
+        "how long the result of a job is kept",
+        "SECONDS",
+    ),
+    Option(
+        "jobs",
+        "budget_bytes",
+        "--job-budget",
+        _bytes(10**6, 10**15),
+        "how much all results may take, such as 256MB; then the oldest go",
+        "BYTES",
+    ),
     Option("log", "level", "--log-level", _choice("debug", "info", "warning", "error"), "least severe line logged"),
     Option("log", "json", "--log-json", _switch(), "log one JSON object a line"),
 )
@@ -435,7 +460,7 @@ def load(
     Args:
         flags: raw values by flag, such as {"--port": "8001"}; only those that were given.
         environ: the environment. Unknown HEADSTART_* variables are errors.
-        file: a TOML file with tables server, model, engine, ranks, cache, llm and log; HEADSTART_CONFIG names one too.
+        file: a TOML file with a table for each of GROUPS; HEADSTART_CONFIG names one too.
         defaults: for settings that no source names.
 
     Raises:

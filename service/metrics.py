@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
@@ -11,7 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYP
 from prometheus_client.registry import Collector
 
 from service.bridge import Stats
-from service.diffusion.request import CACHE_FAULTS, Image
+from service.diffusion.request import CACHE_FAULTS, Image, State
 from service.events import Timings
 from service.llm.request import Timings as TextTimings
 
@@ -91,6 +91,10 @@ class Metrics:
         self.running.set_function(lambda: stats().running)
         self.waiting.set_function(lambda: stats().waiting)
 
+    def watch_jobs(self, counts: Callable[[], Mapping[State, int]]) -> None:
+        """Ask for the jobs whenever the metrics are read."""
+        self.registry.register(JobsCollector(counts))
+
     def watch_ranks(self, ranks: Ranks) -> None:
         """Ask the group of GPUs for its figures whenever the metrics are read."""
         self.registry.register(RanksCollector(ranks))
@@ -137,6 +141,19 @@ class Metrics:
 
     def _histogram(self, name: str, help: str, *labels: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
         return Histogram(f"headstart_{name}", help, labels, registry=self.registry, buckets=buckets)
+
+
+class JobsCollector(Collector):
+    """Jobs that can be asked for."""
+
+    def __init__(self, counts: Callable[[], Mapping[State, int]]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterable[Metric]:
+        jobs = GaugeMetricFamily("headstart_jobs", "Jobs that can be asked for, by state", labels=["state"])
+        for state, count in self._counts().items():
+            jobs.add_metric([state], count)
+        yield jobs
 
 
 class RanksCollector(Collector):

@@ -9,6 +9,7 @@ import secrets
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import cast
 
 from accel.memory.budget import DeviceMemory, Needs, device_memory
 from models.diffusion.dtype import resolve_device
@@ -100,6 +101,13 @@ class Runtime:
             return resolve(draft, self.card, self._limits, id=uuid.uuid4().hex, random_seed=seed, degrees=self._degrees)
         except InputError as error:
             raise renamed(error, names) from None
+
+    def position(self, request_id: str) -> int:
+        """A waiting request's place by the scheduler's rule of age, from 1; 1 too for one that starts just now."""
+        waiting = cast(list[tuple[ImageRequest, float]], self.bridge.waiting())
+        turns = {request.id: since - request.priority * self._limits.ageing_s for request, since in waiting}
+        turn = turns.get(request_id)
+        return 1 if turn is None else sum(other <= turn for other in turns.values())
 
     def measure(self, size: tuple[int, int] | None = None) -> None:
         """Find out how many GPUs are worth sharing pictures of this (width, height), where no setting says it.

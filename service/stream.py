@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -28,6 +29,7 @@ class Mailbox:
 
     def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         self.request = request
+        self.since = time.monotonic()
         self.started = False
         self._loop = loop
         self._lock = threading.Lock()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +13,6 @@ import numpy as np
 from starlette.requests import Request
 
 from service.api.live import live
-from service.api.middleware import tenant_of
 from service.api.rewrite import rewritten
 from service.api.schemas import DrawBody
 from service.api.state import Service
@@ -71,9 +70,24 @@ class Job:
         return await service.encode(cast(np.ndarray, partial.pixels), self.format, self.quality)
 
 
-async def accept(service: Service, client: Request, body: DrawBody, format: str) -> tuple[Job, RequestStream]:
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A request that is done."""
+
+    job: Job
+    pictures: list[Picture]  # in the order of their seeds
+    completed: Completed
+    created: int  # Unix time
+
+
+async def accept(
+    service: Service, tenant: str, body: DrawBody, format: str, id: str | None = None
+) -> tuple[Job, RequestStream]:
     """What the body asks for, checked, its prompt rewritten if it asks for that and embedded if the cache is to be
     asked, and handed to the engine.
+
+    Args:
+        id: the request's; None: one of its own.
 
     Raises:
         InputError: in the names of the body's fields.
@@ -82,6 +96,8 @@ async def accept(service: Service, client: Request, body: DrawBody, format: str)
     """
     runtime, draft = service.runtime, body.draft()
     request = runtime.resolve(draft, body.names)
+    if id is not None:
+        request = replace(request, id=id)
     if not body.stream:
         request = replace(request, partial_images=0)  # there is nowhere to show them
     if body.enhance_prompt and runtime.card.max_prompt_tokens is None:
@@ -89,10 +105,10 @@ async def accept(service: Service, client: Request, body: DrawBody, format: str)
     prompt, rewrite = request.prompt, None
     with service.room(request.n) as room:
         if body.enhance_prompt:
-            rewrite = await rewritten(service, client, prompt)
+            rewrite = await rewritten(service, tenant, prompt)
             request = replace(request, prompt=rewrite.prompt)
         begun = time.monotonic()
-        request = await runtime.with_cache(request, draft, body.cache or "auto", tenant_of(client))
+        request = await runtime.with_cache(request, draft, body.cache or "auto", tenant)
         embed_s = 0.0
         if request.cache is not None:
             embed_s = time.monotonic() - begun
@@ -111,13 +127,24 @@ def cache_facts(image: Image) -> dict[str, Any]:
     }
 
 
-async def draw(service: Service, client: Request, job: Job, stream: RequestStream) -> tuple[list[Picture], Completed]:
-    """All pictures of a request, in order, and its last event. Raises the HeadstartError that ended it."""
+async def draw(
+    service: Service,
+    client: Request | None,
+    job: Job,
+    stream: RequestStream,
+    note: Callable[[Event], None] = lambda _event: None,
+) -> Drawing:
+    """All pictures of a request. Raises the HeadstartError that ended it.
+
+    Args:
+        note: told every event.
+    """
     encoding: list[asyncio.Task[Picture]] = []
     completed: Completed | None = None
     try:
         async with events_of(service, client, stream) as events:
             async for event in events:
+                note(event)
                 if isinstance(event, Image):
                     encoding.append(asyncio.create_task(job.picture(service, event)))
                 elif isinstance(event, Completed):
@@ -127,11 +154,13 @@ async def draw(service: Service, client: Request, job: Job, stream: RequestStrea
         for task in encoding:
             task.cancel()
     assert completed is not None  # any other end was raised
-    return sorted(pictures, key=lambda picture: picture.image.index), completed
+    return Drawing(job, sorted(pictures, key=lambda picture: picture.image.index), completed, int(time.time()))
 
 
 @contextlib.asynccontextmanager
-async def events_of(service: Service, client: Request, stream: RequestStream) -> AsyncIterator[AsyncIterator[Event]]:
+async def events_of(
+    service: Service, client: Request | None, stream: RequestStream
+) -> AsyncIterator[AsyncIterator[Event]]:
     """The events of a drawing, counted; see `live`."""
     async with live(service, client, stream, service.metrics.ended) as events:
         yield _counted(service, events)

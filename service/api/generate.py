@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 from urllib.parse import quote
 
@@ -12,12 +11,14 @@ from starlette.responses import JSONResponse, Response
 
 from service.api.accept import negotiate
 from service.api.bodies import read_body
-from service.api.drawing import Job, Picture, accept, cache_facts, draw, events_of
+from service.api.drawing import Drawing, Job, Picture, accept, cache_facts, draw, events_of
 from service.api.events import EventStream, Messages
 from service.api.messages import base64_text, image_message, partial_message
+from service.api.middleware import tenant_of
 from service.api.openapi import json_body
 from service.api.schemas import GenerateBody
 from service.api.state import Service, service_of
+from service.api.tickets import awaited, prefers_async, promised, ticket_of
 from service.bridge import RequestStream
 from service.diffusion.request import Completed, Image, Partial, Progress
 from service.errors import invalid
@@ -27,7 +28,24 @@ router = APIRouter()
 PICTURES = ("png", "jpeg", "webp")
 
 
-@router.post("/generate", openapi_extra=json_body(GenerateBody), summary="Draw pictures")
+PREFER = {
+    "name": "Prefer",
+    "in": "header",
+    "description": "respond-async: answer 202 and a job at once; not with stream",
+    "schema": {"type": "string"},
+}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    202: {"description": "a job, at the path that Location names"},
+    409: {"description": "the request_id was sent before with something else"},
+}
+
+
+@router.post(
+    "/generate",
+    openapi_extra=json_body(GenerateBody) | {"parameters": [PREFER]},
+    responses=RESPONSES,
+    summary="Draw pictures",
+)
 async def generate(client: Request) -> Response:
     service = service_of(client)
     body = await read_body(client, GenerateBody)
@@ -35,22 +53,36 @@ async def generate(client: Request) -> Response:
     format = media_type.partition("/")[2] if media_type.startswith("image/") else body.output_format or "png"
     if media_type.startswith("image/") and (body.n or 1) > 1:
         raise invalid("n", body.n, f"1 for Accept: {media_type}; ask for application/json to get several pictures")
-    job, stream = await accept(service, client, body, format)
+    if body.stream and body.request_id is not None:
+        raise invalid("request_id", body.request_id, "left out of a request with stream: a stream is sent once")
+    if not body.stream and prefers_async(client):
+        return await promised(service, ticket_of(service, client, body, format))
+    if body.request_id is not None:
+        return _reply(await awaited(service, client, ticket_of(service, client, body, format)), media_type)
+    job, stream = await accept(service, tenant_of(client), body, format)
     if body.stream:
         return EventStream(_messages(service, client, job, stream))
-    pictures, completed = await draw(service, client, job, stream)
-    if media_type.startswith("image/"):
-        return Response(pictures[0].data, media_type=media_type, headers=_headers(job, pictures[0], completed))
-    return JSONResponse(
-        {
-            "id": job.request.id,
-            "created": int(time.time()),
-            "model": job.model,
-            "data": [{"b64_json": base64_text(picture.data)} | _facts(job, picture.image) for picture in pictures],
-            "timings": job.timings(completed),
-            "warnings": completed.warnings,
-        }
-    )
+    return _reply(await draw(service, client, job, stream), media_type)
+
+
+def reply_body(drawing: Drawing) -> dict[str, Any]:
+    """The JSON of a request that is done."""
+    job, completed = drawing.job, drawing.completed
+    return {
+        "id": job.request.id,
+        "created": drawing.created,
+        "model": job.model,
+        "data": [{"b64_json": base64_text(picture.data)} | _facts(job, picture.image) for picture in drawing.pictures],
+        "timings": job.timings(completed),
+        "warnings": completed.warnings,
+    }
+
+
+def _reply(drawing: Drawing, media_type: str) -> Response:
+    if not media_type.startswith("image/"):
+        return JSONResponse(reply_body(drawing))
+    picture = drawing.pictures[0]
+    return Response(picture.data, media_type=media_type, headers=_headers(drawing.job, picture, drawing.completed))
 
 
 def _media_type(client: Request, body: GenerateBody) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from fastapi import APIRouter
@@ -13,6 +12,7 @@ from service.api.bodies import read_body
 from service.api.drawing import Job, accept, cache_facts, draw, events_of
 from service.api.events import EventStream, Messages
 from service.api.messages import base64_text, image_message, partial_message
+from service.api.middleware import tenant_of
 from service.api.openapi import json_body
 from service.api.schemas import ImagesBody
 from service.api.state import Service, service_of
@@ -30,17 +30,17 @@ async def generations(client: Request) -> Response:
     model = service.runtime.card.name
     if body.model not in (None, model):
         raise NotFoundError(f"model: {body.model!r} is not served; {model} is", param="model", code="model_not_found")
-    job, stream = await accept(service, client, body, body.output_format or "png")
+    job, stream = await accept(service, tenant_of(client), body, body.output_format or "png")
     if body.stream:
         return EventStream(_messages(service, client, job, stream))
-    pictures, completed = await draw(service, client, job, stream)
+    drawing = await draw(service, client, job, stream)
     reply: dict[str, Any] = {
-        "created": int(time.time()),
-        "data": [{"b64_json": base64_text(picture.data)} | _facts(job, picture.image) for picture in pictures],
+        "created": drawing.created,
+        "data": [{"b64_json": base64_text(picture.data)} | _facts(job, picture.image) for picture in drawing.pictures],
         "size": job.size,
         "output_format": job.format,
         "background": "opaque",
-        "warnings": completed.warnings,
+        "warnings": drawing.completed.warnings,
     }
     return JSONResponse(reply)
 

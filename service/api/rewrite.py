@@ -29,7 +29,7 @@ async def rewrite(client: Request) -> Response:
     writer = service.writer
     with refusals(service.metrics.text_ended), writer.bridge.room(1):  # a full queue is told as such
         pass
-    done = await rewritten(service, client, prompt)
+    done = await rewritten(service, tenant_of(client), prompt)
     return JSONResponse(
         {
             "model": writer.card.name,
@@ -41,8 +41,8 @@ async def rewrite(client: Request) -> Response:
     )
 
 
-async def rewritten(service: Service, client: Request, prompt: str) -> Rewrite:
-    """The prompt rewritten in the name of the client's tenant, and counted. Raises nothing for the rewriter's sake."""
-    done = await service.runtime.rewrite(prompt, tenant_of(client))
+async def rewritten(service: Service, tenant: str, prompt: str) -> Rewrite:
+    """The prompt rewritten in the tenant's name, and counted. Raises nothing for the rewriter's sake."""
+    done = await service.runtime.rewrite(prompt, tenant)
     service.metrics.rewritten(done.outcome, done.seconds)
     return done

@@ -99,6 +99,13 @@ class GenerateBody(DrawBody):
     priority: Annotated[int | None, Field(description="an integer, -10 to 10; higher runs earlier")] = None
     deadline_s: Annotated[float | None, Field(description="a number of seconds above 0")] = None
     patch_degree: Annotated[int | None, Field(description="an integer, how many GPUs share each picture")] = None
+    request_id: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z0-9_.:/+=-]{1,128}$",
+            description="text of 1 to 128 letters, digits and _ . : / + = -; sent again: the same reply",
+        ),
+    ] = None
 
     def draft(self) -> Draft:
         return replace(

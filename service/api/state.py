@@ -7,9 +7,9 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from starlette.requests import Request
@@ -17,10 +17,12 @@ from starlette.requests import Request
 from service.bridge import Room
 from service.config import Settings
 from service.errors import BusyError, UnavailableError
+from service.jobs.table import Table
 from service.metrics import Metrics
 from service.recipe import Recipe
 
 if TYPE_CHECKING:  # importing it loads torch, and the port answers before that
+    from service.api.drawing import Drawing
     from service.runtime import Runtime
     from service.writer import Writer
 
@@ -33,7 +35,10 @@ class Service:
         self.metrics = metrics
         self.draining = False
         self.ready_at = 0.0  # Unix time
+        self.jobs: Table[Drawing] = Table(settings.jobs.ttl_s, settings.jobs.budget_bytes)
+        metrics.watch_jobs(self.jobs.counts)
         self._runtime: Runtime | None = None
+        self._kept: set[asyncio.Task[None]] = set()
         self._drain: asyncio.Task[None] | None = None
         self._encoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="encode")
 
@@ -87,6 +92,17 @@ class Service:
                 room = stack.enter_context(self.runtime.bridge.room(pictures))
             yield room
 
+    def keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run it to its end, also if no connection waits for that; a shutdown does."""
+        task = asyncio.create_task(work)
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
+
+    def position(self, request_id: str) -> int:
+        """Of a request that waits (see `Runtime.position`); asked while the server shuts down too."""
+        assert self._runtime is not None  # nothing waits before
+        return self._runtime.position(request_id)
+
     async def encode(self, pixels: np.ndarray, format: str, quality: int, recipe: Recipe | None = None) -> bytes:
         """A picture file, compressed off the event loop."""
         from service.pictures import encode  # Pillow, not needed to answer /health
@@ -98,7 +114,11 @@ class Service:
         """Take no more requests, let those that run finish within the grace period, then cancel the rest."""
         self.draining = True
         if self._runtime is not None:
-            self._drain = asyncio.create_task(self._runtime.close(self.settings.server.shutdown_grace_s))
+            self._drain = asyncio.create_task(self._end(self._runtime))
+
+    async def _end(self, runtime: Runtime) -> None:
+        await runtime.close(self.settings.server.shutdown_grace_s)
+        await asyncio.gather(*self._kept)  # their requests have ended; pictures may still be compressed
 
     @property
     def drained(self) -> bool:

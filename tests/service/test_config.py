@@ -74,6 +74,8 @@ def test_loras_from_every_source(tmp_path: Path) -> None:
         ("--cache-dir", "~no-such-user/models", "a folder"),
         ("--cache", "maybe", "true or false"),
         ("--cache-folder", "", "a folder"),
+        ("--job-ttl-s", "0", "seconds from 0.1 to 1e+09"),
+        ("--job-budget", "10", "from 1MB"),
         ("--llm", "maybe", "one of auto, on, off"),
         ("--gpu-memory-fraction", "0", "a number from 0.01 to 1"),
         ("--gpu-memory-fraction", "1.5", "a number from 0.01 to 1"),

@@ -68,6 +68,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"cache": "yes"}, "cache", "auto, use, bypass or refresh"),
     ({"cache": True}, "cache", "auto, use, bypass or refresh"),
     ({"enhance_prompt": "yes"}, "enhance_prompt", "true or false"),
+    ({"request_id": ""}, "request_id", "text of 1 to 128"),
+    ({"request_id": "a b"}, "request_id", "text of 1 to 128"),
+    ({"request_id": "a\n"}, "request_id", "text of 1 to 128"),
+    ({"request_id": "x" * 129}, "request_id", "text of 1 to 128"),
+    ({"request_id": "a", "stream": True}, "request_id", "stream"),
     ({"patch_degree": 2}, "patch_degree", "this server draws on one GPU"),
 ]
 

@@ -1,0 +1,1 @@
+"""Requests that outlive the connection which brought them. No torch, and no HTTP."""
