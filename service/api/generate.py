@@ -16,9 +16,10 @@ from service.api.events import EventStream, Messages
 from service.api.messages import base64_text, image_message, partial_message
 from service.api.middleware import tenant_of
 from service.api.openapi import json_body
+from service.api.replies import error_reply
 from service.api.schemas import GenerateBody
 from service.api.state import Service, service_of
-from service.api.tickets import awaited, prefers_async, promised, ticket_of
+from service.api.tickets import awaited, error_of, prefers_async, promised, ticket_of
 from service.bridge import RequestStream
 from service.diffusion.request import Completed, Image, Partial, Progress
 from service.errors import invalid
@@ -58,7 +59,9 @@ async def generate(client: Request) -> Response:
     if not body.stream and prefers_async(client):
         return await promised(service, ticket_of(service, client, body, format))
     if body.request_id is not None:
-        return _reply(await awaited(service, client, ticket_of(service, client, body, format)), media_type)
+        ticket = ticket_of(service, client, body, format)
+        await awaited(service, client, ticket)
+        return error_reply(error_of(ticket)) if ticket.result is None else _reply(ticket.result, media_type)
     job, stream = await accept(service, tenant_of(client), body, format)
     if body.stream:
         return EventStream(_messages(service, client, job, stream))

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 from service.api.drawing import Drawing, Picture, accept, draw
 from service.api.live import disconnected
 from service.api.middleware import tenant_of
+from service.api.replies import error_reply
 from service.api.schemas import GenerateBody
 from service.api.state import Service
 from service.diffusion.request import State
@@ -46,17 +47,17 @@ def ticket_of(service: Service, client: Request, body: GenerateBody, format: str
 
 
 async def promised(service: Service, ticket: Ticket[Drawing]) -> JSONResponse:
-    """202 as soon as the job has been accepted. Raises the HeadstartError that refused it."""
+    """202 as soon as the job has been accepted, or why it was not."""
     ticket.detached = True
     await ticket.accepted.wait()
     if ticket.refused:
-        raise _error_of(ticket)
+        return error_reply(error_of(ticket))
     headers = {"Location": f"/jobs/{ticket.id}", "Preference-Applied": "respond-async", "Cache-Control": "no-store"}
     return JSONResponse(job_facts(service, ticket), 202, headers)
 
 
-async def awaited(service: Service, client: Request, ticket: Ticket[Drawing]) -> Drawing:
-    """What the job has drawn, once it has. Raises the HeadstartError that ended it.
+async def awaited(service: Service, client: Request, ticket: Ticket[Drawing]) -> None:
+    """Waits for the job's end. Raises CancelledError when the client closes its connection before.
 
     The last connection to close that waits for a job which nobody wants otherwise cancels it; its request_id is free
     then.
@@ -74,9 +75,6 @@ async def awaited(service: Service, client: Request, ticket: Ticket[Drawing]) ->
             ticket.cancel()
     if not ticket.ended.is_set():
         raise CancelledError("the client closed the connection")
-    if ticket.result is None:
-        raise _error_of(ticket)
-    return ticket.result
 
 
 def job_facts(service: Service, ticket: Ticket[Drawing]) -> dict[str, Any]:
@@ -92,8 +90,14 @@ def job_facts(service: Service, ticket: Ticket[Drawing]) -> dict[str, Any]:
     elif ticket.state is State.IN_PROGRESS:
         facts |= {"steps_done": ticket.steps_done, "steps": ticket.steps}
     elif ticket.state is State.FAILED:
-        facts |= _error_of(ticket).body()
+        facts |= error_of(ticket).body()
     return facts
+
+
+def error_of(ticket: Ticket[Drawing]) -> HeadstartError:
+    """Why a job has ended without a result. To be told, not raised: it would keep the frames that it passed through."""
+    assert ticket.error is not None
+    return ticket.error
 
 
 async def _carry_out(service: Service, ticket: Ticket[Drawing], body: GenerateBody, format: str) -> None:
@@ -124,14 +128,10 @@ def _without_pixels(drawing: Drawing) -> Drawing:
 def _told(ticket: Ticket[Drawing], error: Exception) -> HeadstartError:
     """What clients are told; kept without the frames that raised it."""
     if isinstance(error, HeadstartError):
+        error.__context__ = None
         return error.with_traceback(None)
     log.error("job %s failed", ticket.id, exc_info=error)
     return HeadstartError("internal error; the server's log says more")
-
-
-def _error_of(ticket: Ticket[Drawing]) -> HeadstartError:
-    assert ticket.error is not None  # every end but completion has one
-    return ticket.error.with_traceback(None)
 
 
 def _digests(body: GenerateBody, format: str) -> dict[str, str]:

@@ -254,6 +254,21 @@ def test_a_failure_is_told_again_under_its_id(server: Running) -> None:
     first, again = post(server, body), post(server, body)
     assert first.status_code == again.status_code == 500
     assert first.json() == again.json()
+    job = submit(server, body)
+    assert httpx.get(job).json()["error"] == first.json()["error"]
+    kept = server.service.jobs.get("default", job.rpartition("/")[2]).error
+    assert kept is not None
+    assert kept.__traceback__ is None  # nor anything of the requests that it was told to
+
+
+def test_all_that_wait_for_a_request_are_told_that_it_was_refused() -> None:
+    body = {"prompt": "a", "request_id": "refused"}
+    with serving(max_waiting=0) as running, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(post, running, body, **headers) for headers in [ASYNC, {}] * 4]
+        replies = [each.result() for each in waiting]
+        assert [reply.status_code for reply in replies] == [429] * 8
+        assert all(int(reply.headers["retry-after"]) >= 1 for reply in replies)
+        assert sum(running.service.jobs.counts().values()) == 0
 
 
 @pytest.mark.parametrize(
