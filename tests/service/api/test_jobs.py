@@ -22,6 +22,7 @@ from service.bridge import Bridge
 from service.config import EngineSettings, JobSettings, ModelSettings, ServerSettings, Settings
 from service.events import Cancelled
 from service.metrics import Metrics
+from service.pictures import encode
 from service.runtime import Runtime, open_warm_runtime
 from tests import tiny
 from tests.service.serving import CARD, FakeEngine, Running, listening, serving, until
@@ -338,6 +339,19 @@ def test_shutdown_lets_jobs_finish_within_its_grace() -> None:
         until(lambda: running.service.draining)
         assert post(running, {"prompt": "new"}, **ASYNC).status_code == 503
         assert post(running, {"prompt": "a", "num_inference_steps": 20, "request_id": "last"}).status_code == 200
+    assert running.service.jobs.counts()["completed"] == 1
+
+
+def test_shutdown_waits_for_pictures_that_are_being_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(*arguments: Any) -> bytes:
+        time.sleep(0.5)
+        return encode(*arguments)
+
+    monkeypatch.setattr("service.pictures.encode", slowly)
+    with serving() as running:
+        submit(running, {"prompt": "a"})
+        until(lambda: bool(running.engine.ended))
+        running.server.should_exit = True
     assert running.service.jobs.counts()["completed"] == 1
 
 

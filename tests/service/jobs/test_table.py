@@ -142,6 +142,20 @@ TestTable = TableMachine.TestCase
 TestTable.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
+def test_a_result_is_kept_for_its_time_and_no_longer() -> None:
+    now = 0.0
+    table: Table[str] = Table(TTL_S, BUDGET, lambda: now)
+    ticket = table.open("ann", "one", {})
+    now = 5.0
+    table.end(ticket, State.COMPLETED, result="a picture")
+    now = 4.9 + TTL_S
+    assert table.get("ann", ticket.id) is ticket
+    now = 5.0 + TTL_S
+    with pytest.raises(GoneError):
+        table.get("ann", ticket.id)
+    assert table.named("ann", "one", {}) is None
+
+
 def test_the_budget_bounds_what_is_kept_and_the_last_result_stays() -> None:
     table: Table[str] = Table(TTL_S, BUDGET, lambda: 0.0)
     tickets = [table.open("ann", None, {}) for _ in range(3)]
