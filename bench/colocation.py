@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from drawing import BareModel
 from timing import print_table
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, pre_tokenizers
@@ -32,10 +33,8 @@ from tokenizers.models import BPE
 from torch import nn
 from torch.nn import functional
 
-from accel.samplers.schedules import NoiseSchedule
-from models.diffusion.denoiser import TextDenoiser
 from models.diffusion.dtype import resolve_device, resolve_dtype
-from models.diffusion.model import Condition, DiffusionModel, ModelCard, SamplerDefaults, TextStates
+from models.diffusion.model import DiffusionModel, SamplerDefaults
 from models.llm.config import LlmConfig
 from models.llm.decoder import Decoder
 from models.llm.loading import LanguageModel, LlmCard
@@ -133,56 +132,6 @@ class PlainUNet(nn.Module):
         return (self.leave(x),)
 
 
-class PlainModel:
-    """A `DiffusionModel` around it: the prompts are not read, and decoding is next to nothing."""
-
-    def __init__(self, scale: Scale, dtype: torch.dtype, device: torch.device) -> None:
-        self.device, self.dtype = device, dtype
-        self._denoiser = TextDenoiser(PlainUNet(scale.widths, dtype, device), "epsilon")
-        self.card = ModelCard(
-            name="plain",
-            kind="sd",
-            source="",
-            revision="",
-            default_size=(8 * scale.side, 8 * scale.side),
-            size_multiple=8,
-            latent_channels=4,
-            scale=8,
-            max_prompt_tokens=77,
-            num_classes=None,
-            default_sampler="ddim",
-            samplers={"ddim": SamplerDefaults(STEPS, 1.0, "trailing")},
-        )
-        self._schedule = NoiseSchedule.from_config(
-            {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-        )
-
-    def denoiser(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> TextDenoiser:
-        return self._denoiser
-
-    def schedule(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> NoiseSchedule:
-        return self._schedule
-
-    def encode(
-        self,
-        prompts: Sequence[tuple[str, str]],
-        guidance_scales: Sequence[float],
-        sampler: str,
-        size: tuple[int, int],
-        owner: str = "",
-    ) -> list[Condition]:
-        text = TextStates(torch.zeros(77, 768, device=self.device, dtype=self.dtype))
-        return [Condition(text, None, scale) for scale in guidance_scales]
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return (latents[:, :3].clamp(-1, 1) * 127 + 128).permute(0, 2, 3, 1).to(torch.uint8)
-
-    preview = decode
-
-    def use_loras(self, loras: Sequence[tuple[str, float]]) -> None:
-        pass
-
-
 def random_llm(config: LlmConfig, dtype: torch.dtype, device: torch.device) -> LanguageModel:
     """Of a config's sizes, with a tokenizer of bytes."""
     decoder = Decoder(config, dtype, device)
@@ -239,7 +188,10 @@ def load_images(options: argparse.Namespace) -> DiffusionModel:
         from models.specs import random_model
 
         return random_model(options.spec, options.dtype, options.device)
-    model: DiffusionModel = PlainModel(SCALES[device.type], resolve_dtype(options.dtype, device), device)  # type: ignore[assignment]
+    scale = SCALES[device.type]
+    network = PlainUNet(scale.widths, resolve_dtype(options.dtype, device), device)
+    samplers = {"ddim": SamplerDefaults(STEPS, 1.0, "trailing")}
+    model: DiffusionModel = BareModel(network, scale.side, samplers, guided=False)
     return model
 
 

@@ -20,11 +20,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from drawing import draw
+from drawing import BareModel, draw
 
-from accel.samplers.schedules import NoiseSchedule
-from models.diffusion.denoiser import TextDenoiser
-from models.diffusion.model import Condition, DiffusionModel, ModelCard, SamplerDefaults, TextStates
+from models.diffusion.model import DiffusionModel, SamplerDefaults
 from service.config import EngineSettings, ModelSettings
 from service.diffusion.engine import DiffusionEngine
 from service.diffusion.request import ImageRequest
@@ -45,56 +43,10 @@ class EmptyUNet:
         return (self._output[: len(sample)],)
 
 
-class EmptyModel:
-    """A model of latents [4, 64, 64] whose guided denoiser is the real one, around a network that does nothing."""
-
-    def __init__(self, device: torch.device, rows: int) -> None:
-        unet = EmptyUNet(device, rows)
-        self.device, self.dtype = device, unet.dtype
-        self._denoiser = TextDenoiser(unet, "epsilon")
-        samplers = {name: SamplerDefaults(50, 1.0, "trailing") for name in ("ddim", "euler_a", "dpmpp_2m_sde")}
-        self.card = ModelCard(
-            name="empty",
-            kind="sd",
-            source="",
-            revision="",
-            default_size=(512, 512),
-            size_multiple=8,
-            latent_channels=4,
-            scale=8,
-            max_prompt_tokens=77,
-            num_classes=None,
-            default_sampler="ddim",
-            samplers=samplers,
-        )
-        self._schedule = NoiseSchedule.from_config(
-            {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-        )
-
-    def denoiser(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> TextDenoiser:
-        return self._denoiser
-
-    def schedule(self, sampler: str, loras: Sequence[tuple[str, float]] = ()) -> NoiseSchedule:
-        return self._schedule
-
-    def encode(
-        self,
-        prompts: Sequence[tuple[str, str]],
-        guidance_scales: Sequence[float],
-        sampler: str,
-        size: tuple[int, int],
-        owner: str = "",
-    ) -> list[Condition]:
-        text = TextStates(torch.zeros(77, 768, device=self.device, dtype=self.dtype))
-        return [Condition(text, text, scale) for scale in guidance_scales]
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return (latents[:, :3].clamp(-1, 1) * 127 + 128).permute(0, 2, 3, 1).to(torch.uint8)
-
-    preview = decode
-
-    def use_loras(self, loras: Sequence[tuple[str, float]]) -> None:
-        pass
+def empty_model(device: torch.device, rows: int) -> BareModel:
+    """Its network does nothing for up to so many rows."""
+    samplers = {name: SamplerDefaults(50, 1.0, "trailing") for name in ("ddim", "euler_a", "dpmpp_2m_sde")}
+    return BareModel(EmptyUNet(device, rows), 64, samplers, guided=True)
 
 
 def plain(number: int, sampler: str, steps: int, guidance: float, size: tuple[int, int]) -> ImageRequest:
@@ -125,13 +77,13 @@ def overhead(device: torch.device, batch: int, ticks: int) -> None:
     print(f"Host time of one engine step outside the network, {describe(device)}, batch {batch}, latents [4, 64, 64]\n")
     settings = EngineSettings(max_batch=2 * batch)  # network rows: guided pictures take two
     check(
-        DiffusionEngine(EmptyModel(device, 2 * batch), settings),
+        DiffusionEngine(empty_model(device, 2 * batch), settings),
         [plain(i, "euler_a", 5, 7.5, (512, 512)) for i in range(batch)],
     )
     print("| sampler | median ms | p90 ms | largest ms |\n| --- | --- | --- | --- |")
     for sampler in ("ddim", "euler_a", "dpmpp_2m_sde"):
         times = sorted(
-            1e3 * seconds for seconds in step_times(EmptyModel(device, 2 * batch), settings, sampler, batch, ticks)
+            1e3 * seconds for seconds in step_times(empty_model(device, 2 * batch), settings, sampler, batch, ticks)
         )
         print(f"| {sampler} | {statistics.median(times):.3f} | {times[int(0.9 * len(times))]:.3f} | {times[-1]:.3f} |")
 

@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from drawing import PROMPTS
 from timing import print_table
 
 from accel.patch.mesh import Mesh, make_mesh
@@ -52,16 +53,6 @@ from models.specs import random_model
 from service.config import ModelSettings
 
 TIMEOUT = timedelta(minutes=30)  # ranks wait while one compiles
-PROMPTS = [
-    "a red apple on a blue background",
-    "3d fox on a green background",
-    "two flat cats on a yellow background",
-    "a rocket on a navy to purple gradient",
-    "small 3d pizza on a white background",
-    "flat robot and tree on a mint background",
-    "an owl on a brown background",
-    "three 3d crowns on an orange background",
-]
 
 
 class Rank:

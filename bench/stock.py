@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from drawing import draw
+from drawing import PROMPTS, draw
 
 from accel.samplers.noise import gaussian
 from models.bundles import registry
@@ -29,17 +29,6 @@ from service.config import EngineSettings, ModelSettings
 from service.diffusion.admission import resolve
 from service.diffusion.engine import DiffusionEngine
 from service.diffusion.request import Draft
-
-PROMPTS = [
-    "a red apple on a blue background",
-    "3d fox on a green background",
-    "two flat cats on a yellow background",
-    "a rocket on a navy to purple gradient",
-    "small 3d pizza on a white background",
-    "flat robot and tree on a mint background",
-    "an owl on a brown background",
-    "three 3d crowns on an orange background",
-]
 
 
 def pictures(engine: DiffusionEngine, card: ModelCard, drafts: list[Draft], at_once: int) -> list[np.ndarray]:
