@@ -13,7 +13,6 @@ from typing import cast
 
 from accel.memory.budget import DeviceMemory, Needs, device_memory
 from models.diffusion.dtype import resolve_device
-from models.diffusion.loading import load_model
 from models.diffusion.model import ModelCard
 from models.errors import ModelError
 from models.llm.loading import LanguageModel
@@ -29,6 +28,7 @@ from service.errors import InputError, renamed
 from service.events import MAX_SEED, Failed
 from service.latents import Latents
 from service.llm.rewrite import Rewrite
+from service.loading import load_chosen
 from service.rewriting import Rewriting
 from service.writer import Writer, load_writer_model, open_writer, wanted
 
@@ -197,14 +197,7 @@ def _open(settings: Settings, cached: bool, writing: bool) -> tuple[Runtime, Dif
     writing = writing and wanted(settings)
     get_ready(chosen, settings.ranks)
     memory = _gpu_memory(settings) if writing else None
-    model = load_model(
-        chosen.model,
-        revision=chosen.revision,
-        dtype=chosen.dtype,
-        device=chosen.device,
-        loras=chosen.loras,
-        cache_dir=chosen.cache_dir,
-    )
+    model = load_chosen(chosen)
     language = _language_model(settings) if writing else None
     latents: Latents | None = None
     starts: Starts | None = None

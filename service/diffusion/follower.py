@@ -12,12 +12,12 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from models.diffusion.loaded import LoadedModel
-from models.diffusion.loading import load_model
 from models.diffusion.model import Condition
 from service.diffusion.orders import Answer, Decode, Evaluate, Load, Meet, Order, blank
 from service.diffusion.shares import BrokenError, Seat
 from service.errors import OutOfMemoryError
 from service.faults import explained
+from service.loading import load_chosen
 
 
 def main(
@@ -87,14 +87,7 @@ class Follower:
         chosen = order.model
         torch.set_num_threads(order.threads)
         try:
-            self._model = load_model(
-                chosen.model,
-                revision=chosen.revision,
-                dtype=chosen.dtype,
-                device=chosen.device,
-                loras=chosen.loras,
-                cache_dir=chosen.cache_dir,
-            )
+            self._model = load_chosen(chosen)
         except Exception as error:
             return _answer(error, f"loading the model on {chosen.device}")
         return Answer()
