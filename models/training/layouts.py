@@ -12,8 +12,8 @@ AND, LEFT, RIGHT, ABOVE, BELOW, BEHIND, IN_FRONT, ON = range(len(RELATIONS))
 SMALL, LARGE = 1, 2
 
 _FACTORS = (1.0, 0.6, 1.4)  # of the usual scale: unsaid, SMALL, LARGE
-_BESIDE_LARGE = (0.65, 0.6, 1.05)  # the same where one of two is LARGE, so that both still fit
-_LIFT, _SHRINK = 1.1, 0.86  # of one object above another, for a clear gap: it does not stand on it
+_BESIDE_LARGE = (0.65, 0.6, 1.0)  # the same where one of two is LARGE, so that both still fit
+_LIFT = 1.1  # of one object above another, for a clear gap: it does not stand on it
 _ALONE = 0.64
 # Side of a latent of a picture of 256 pixels, in units of half the picture. Squares begin and end on this grid: the
 # same drawing then has the same latents wherever it stands, and there is less to learn (see `_on_grid`).
@@ -151,7 +151,7 @@ class Layouts:
         sign = torch.where(reversed_, -1.0, 1.0)[:, None]
         x, y = torch.where(turned[:, None], y, x * sign), torch.where(turned[:, None], x * sign, y)
         stacked = (turned & (count.sum(1) == 2))[:, None]
-        y, scale = torch.where(stacked, y * _LIFT, y), torch.where(stacked, scale * _SHRINK, scale)
+        y = torch.where(stacked, y * _LIFT, y)
 
         alone = (count.sum(1) == 1)[:, None]
         several = (count.sum(1) > 2)[:, None]
