@@ -1,7 +1,7 @@
 """A function of tensors as a CUDA graph: its thousands of kernels start with one launch.
 
-A UNet's forward and backward are some two thousand kernels, which take longer to launch one by one than to run on a
-batch of a few hundred latents.
+A UNet's forward and backward are some two thousand kernels, which on small batches take longer to launch one by one
+than to run. A batch of 256 latents is beyond that: the teacher's step takes an H200 65 ms with a graph or without.
 """
 
 from collections.abc import Callable
